@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# All checks, the quick ones first; stops at the first failure:  sh/test.sh [arguments for pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash sh/install.sh --test
+export PATH="$PWD/.venv/bin:$PATH"
+# Two test processes already fill two cores; more threads in each would only fight over them.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+ruff check
+ruff format --check
+mypy
+lint-imports
+pytest -n 2 "$@"

@@ -1,0 +1,49 @@
+"""BadNets (Gu et al., arXiv 1708.06733): a small opaque patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ulrl.attacks.base import Attack, register
+from ulrl.attacks.images import read_image
+from ulrl.data.imageset import DatasetSpec
+from ulrl.errors import UserError
+from ulrl.options import option
+
+
+@register("badnet")
+@dataclass(frozen=True)
+class BadNet(Attack):
+    """A white square in the bottom right corner, or the user's mask.
+
+    BackdoorBench's rule for a mask: a zero element is transparent, any other replaces the pixel's.
+    Its own mask for 32x32 images is the same 3x3 white square.
+    """
+
+    patch_size: int = option(3, "side of the white square, in pixels", source="BackdoorBench", low=1)
+    patch_mask_path: str | None = option(None, "image to use as patch instead; zero is transparent")
+
+    def check(self, spec: DatasetSpec) -> None:
+        super().check(spec)
+        if self.patch_size > min(spec.height, spec.width):
+            raise UserError(f"--patch_size {self.patch_size} is larger than the {spec.height}x{spec.width} images")
+        if self.patch_mask_path and not self._patch(torch.empty(1, *_chw(spec))).any():
+            raise UserError(f"--patch_mask_path {self.patch_mask_path} is all zero, so it changes nothing")
+
+    def _patch(self, images: torch.Tensor) -> torch.Tensor:
+        channels, height, width = images.shape[1:]
+        if self.patch_mask_path:
+            return read_image(self.patch_mask_path, "--patch_mask_path", channels, height, width)
+        patch = torch.zeros(channels, height, width, dtype=torch.uint8)
+        patch[:, -self.patch_size :, -self.patch_size :] = 255
+        return patch
+
+    def poison(self, images: torch.Tensor, *, train: bool) -> torch.Tensor:
+        patch = self._patch(images).to(images.device)
+        return torch.where(patch > 0, patch, images)
+
+
+def _chw(spec: DatasetSpec) -> tuple[int, int, int]:
+    return spec.channels, spec.height, spec.width

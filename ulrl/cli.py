@@ -1,0 +1,178 @@
+"""The command line: flags and YAML in, one table out, one clear line when something is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ulrl.attacks.base import ATTACKS
+from ulrl.data.datasets import SPECS
+from ulrl.defenses.base import DEFENSES
+from ulrl.errors import UserError
+from ulrl.files import home
+from ulrl.models import MODELS
+from ulrl.options import Schema, Settings
+from ulrl.report.tables import result_table
+from ulrl.runs import AttackRun, DefenseRun, find_record, pick_device, run_attack, run_defense
+from ulrl.training import TrainOptions
+
+log = logging.getLogger(__name__)
+
+
+def attack_main(name: str, argv: Sequence[str] | None = None) -> None:
+    """Run `attack/<name>.py`: train a backdoored model and write its record. Exits the process."""
+    _exit_with(lambda: _attack(name, sys.argv[1:] if argv is None else argv))
+
+
+def defense_main(name: str, argv: Sequence[str] | None = None) -> None:
+    """Run `defense/<name>.py`: repair a record's model and judge it. Exits the process."""
+    _exit_with(lambda: _defense(name, sys.argv[1:] if argv is None else argv))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `ulrl` command. Exits the process."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _exit_with(lambda: _command(arguments))
+
+
+USAGE = """usage: ulrl list
+       ulrl attack NAME [options]      as python attack/NAME.py
+       ulrl defense NAME [options]     as python defense/NAME.py
+Add --help after a name for its options."""
+
+
+def _command(arguments: list[str]) -> None:
+    match arguments:
+        case ["list"]:
+            _print(_method_table())
+        case ["attack", name, *rest] if not name.startswith("-"):
+            _attack(name, rest)
+        case ["defense", name, *rest] if not name.startswith("-"):
+            _defense(name, rest)
+        case ["--help" | "-h"]:
+            print(USAGE)
+        case _:
+            raise UserError(f"unknown command {' '.join(arguments)!r}; try ulrl --help")
+
+
+def _attack(name: str, argv: Sequence[str]) -> None:
+    cls = ATTACKS[name]
+    schema = Schema(AttackRun, cls, TrainOptions)
+    flags = schema.flags(argv, f"attack/{name}.py", cls.__doc__ or "")
+    dataset = flags.get("dataset", AttackRun.dataset)
+    settings = _merge(
+        schema, flags,
+        _yaml_layer(schema, flags.get("yaml_path"), Path("config/attack/prototype") / f"{dataset}.yaml"),
+        _yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml"),
+    )  # fmt: skip
+    folder, result = run_attack(settings.build(cls), settings.build(AttackRun), settings.build(TrainOptions))
+    _report(folder, result)
+
+
+def _defense(name: str, argv: Sequence[str]) -> None:
+    cls = DEFENSES[name]
+    schema = Schema(DefenseRun, cls)
+    flags = schema.flags(argv, f"defense/{name}.py", cls.__doc__ or "")
+    given = _yaml_layer(schema, flags.get("yaml_path"), None)
+    record = find_record(flags.get("result_file", given[1].get("result_file", "")))
+    if not given[1]:
+        given = _yaml_layer(schema, None, Path("config/defense") / name / f"{record.dataset}.yaml")
+    settings = _merge(schema, flags, given)
+    folder, result = run_defense(settings.build(cls), record, settings.build(DefenseRun))
+    _report(folder, result)
+
+
+def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:
+    """The options of the file that the user named, or of the usual one where that exists."""
+    if given is None and usual is not None and (home() / usual).is_file():
+        given = str(home() / usual)
+    return (given, schema.yaml(given)) if given else ("", {})
+
+
+def _merge(schema: Schema, flags: dict[str, Any], *files: tuple[str, dict[str, Any]]) -> Settings:
+    settings, ignored = schema.merge(*files, ("flag", flags))
+    for path, _ in files:
+        if path:
+            log.info("options from %s", path)
+    if ignored:
+        log.info("accepted for BackdoorBench's sake, without a meaning here: %s", ", ".join(ignored))
+    device, source = settings.values.get("device"), settings.origin.get("device")
+    if device and source != "flag":
+        try:
+            pick_device(device)
+        except UserError:
+            log.warning("device %s of %s is not on this machine: using the CPU", device, source)
+            return Settings({**settings.values, "device": "cpu"}, settings.origin)
+    return settings
+
+
+def _report(folder: Path, result: dict[str, Any]) -> None:
+    _print(result_table(result))
+    with contextlib.suppress(ValueError):  # not below the current directory: keep it absolute
+        folder = folder.relative_to(Path.cwd())
+    print(f"{folder}/: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
+
+
+def _method_table() -> Table:
+    table = Table("kind", "name", "what it is")
+    for kind, registry in (("attack", ATTACKS), ("defense", DEFENSES)):
+        for name, cls in registry.items():
+            module = sys.modules[cls.__module__]
+            table.add_row(kind, name, (module.__doc__ or "").splitlines()[0])
+    table.add_row("dataset", ", ".join(SPECS), "")
+    table.add_row("model", ", ".join(MODELS), "")
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(file=sys.stdout).print(table)
+
+
+def _exit_with(command: Callable[[], None]) -> None:
+    """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
+    try:
+        with _console_log():
+            torch.backends.cudnn.deterministic = True
+            command()
+            sys.stdout.flush()
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was there before is unchanged", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"ulrl: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _console_log() -> Iterator[None]:
+    """Show the library's log on stderr, one plain line per entry."""
+    logger = logging.getLogger("ulrl")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,189 @@
+"""The data sets: their facts, and reading each into one uint8 ImageSet.
+
+Means, deviations and augmentation are BackdoorBench's for the sets that it has; Fashion-MNIST's and the
+digits' are those of their own training pixels.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ulrl.data.imageset import DatasetSpec, ImageSet
+from ulrl.errors import UserError
+from ulrl.files import find_input
+from ulrl.registry import nearest
+from ulrl.seeds import generator
+
+_DIGITS = tuple("0123456789")
+_CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec("digits", 10, 1, 8, 8, (0.305,), (0.376,), crop_padding=1, class_names=_DIGITS),
+        DatasetSpec("mnist", 10, 1, 28, 28, (0.5,), (0.5,), class_names=_DIGITS),
+        DatasetSpec("fashion_mnist", 10, 1, 28, 28, (0.286,), (0.353,), class_names=_CLOTHES),
+        DatasetSpec(
+            "cifar10", 10, 3, 32, 32, (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261),
+            hflip=True, class_names=_CIFAR10,
+        ),
+    )
+}  # fmt: skip
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """The facts of a data set.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in SPECS:
+        raise UserError(f"unknown dataset {name!r}{nearest(name, list(SPECS))}")
+    return SPECS[name]
+
+
+@lru_cache(maxsize=2)
+def load_dataset(name: str, dataset_path: str = "./data") -> tuple[ImageSet, ImageSet]:
+    """The (train, test) splits on the CPU, read from `<dataset_path>/<name>`, downloaded if need be.
+
+    Raises:
+        UserError: unknown name; data that is missing and cannot be downloaded, or is damaged.
+    """
+    spec = dataset_spec(name)
+    folder = find_input(dataset_path) / name
+    train, test = _READERS[name](folder)
+    return _image_set(*train, spec), _image_set(*test, spec)
+
+
+Split = tuple[np.ndarray[Any, Any], Any]  # images uint8 [N, H, W, C] or [N, H, W], labels [N]
+
+
+def _image_set(images: np.ndarray[Any, Any], labels: Any, spec: DatasetSpec) -> ImageSet:
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).view(-1, spec.height, spec.width, spec.channels)
+    return ImageSet(
+        pixels.permute(0, 3, 1, 2).contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.int64), spec
+    )
+
+
+def _digits(folder: Path) -> tuple[Split, Split]:
+    """scikit-learn's 1,797 handwritten digits, 0..16 grey; a fixed fifth of each class is the test split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    a, b, y, z = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    return (a, y), (b, z)
+
+
+def _mnist_like(class_name: str, *elsewhere: Path) -> Callable[[Path], tuple[Split, Split]]:
+    """A reader of torchvision's `<class_name>/raw` layout; `elsewhere` are folders with the same files."""
+
+    def read(folder: Path) -> tuple[Split, Split]:
+        raw = folder / class_name / "raw"
+        for place in (raw, *elsewhere):
+            if _idx_file(place, "train-images-idx3-ubyte"):
+                return _read_mnist(place)
+        with _download(folder, class_name, [str(raw), *map(str, elsewhere)]) as datasets:
+            getattr(datasets, class_name)(folder, download=True)
+        return _read_mnist(raw)
+
+    return read
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+
+def _read_mnist(folder: Path) -> tuple[Split, Split]:
+    train, test = (
+        (_read_idx(folder, f"{part}-images-idx3-ubyte"), _read_idx(folder, f"{part}-labels-idx1-ubyte"))
+        for part in ("train", "t10k")
+    )
+    return train, test
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    """An IDX file of unsigned bytes, gzipped or not (magic 0x0000 08 ndim, big-endian sizes, bytes)."""
+    path = _idx_file(folder, name)
+    if path is None:
+        raise UserError(f"{folder / name} is missing; remove {folder} to have it downloaded again")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        ndim = content[3]
+        shape = np.frombuffer(content, ">i4", ndim, 4)
+        if content[:3] != b"\0\0\x08" or len(content) != 4 + 4 * ndim + math.prod(map(int, shape)):
+            raise ValueError
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, IndexError):
+        raise UserError(f"{path} is damaged; remove it to have it downloaded again") from None
+
+
+def _cifar10(folder: Path) -> tuple[Split, Split]:
+    from ulrl.tv import torchvision
+
+    cls = torchvision.datasets.CIFAR10
+    try:
+        train, test = cls(folder, train=True), cls(folder, train=False)
+    except RuntimeError:  # torchvision found the files missing, or their checksum wrong
+        with _download(folder, "CIFAR-10", [str(folder / cls.base_folder)]):
+            train, test = cls(folder, train=True, download=True), cls(folder, train=False)
+    return (train.data, train.targets), (test.data, test.targets)
+
+
+@contextmanager
+def _download(folder: Path, title: str, looked_in: list[str]) -> Iterator[Any]:
+    """Yield torchvision's data sets for a download into `folder`; a failed one is told in one line."""
+    from ulrl.tv import torchvision
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's own downloads would wait for ever
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield torchvision.datasets
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        hint = "; or apt-get install dataset-fashion-mnist" if title == "FashionMNIST" else ""
+        raise UserError(
+            f"{title} is missing or damaged: looked in {', '.join(looked_in)}, and the download failed "
+            f"({reason}); put torchvision's files there on a machine with internet access{hint}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+_READERS: dict[str, Callable[[Path], tuple[Split, Split]]] = {
+    "digits": _digits,
+    "mnist": _mnist_like("MNIST"),
+    "fashion_mnist": _mnist_like("FashionMNIST", DEBIAN_FASHION_MNIST),
+    "cifar10": _cifar10,
+}
+
+
+def clean_subset(size: int, ratio: float, seed: int) -> torch.Tensor:
+    """Indices (int64 [n], ascending) of the clean samples that a defense is given: round(ratio * size) of them.
+
+    Drawn without replacement and not balanced over the classes, as in BackdoorBench and ULRL.
+
+    Raises:
+        UserError: that would be fewer than one.
+    """
+    count = round(ratio * size)
+    if count < 1:
+        raise UserError(f"ratio {ratio} of {size} training images is less than one sample; raise --ratio")
+    order = torch.randperm(size, generator=generator(seed, "clean_subset"))
+    return order[:count].sort().values

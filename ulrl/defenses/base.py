@@ -1,0 +1,59 @@
+"""What a defense is: a model and a few clean samples in, a repaired model and its evidence out.
+
+A defense is given nothing else, so it cannot look at a poisoned sample or a test label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pandas as pd
+from torch import nn
+
+from ulrl.data.batches import Batches
+from ulrl.data.imageset import ImageSet
+from ulrl.options import option
+from ulrl.registry import Registry
+from ulrl.seeds import generator
+from ulrl.training import Monitor
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a defense returns.
+
+    flagged: classes called suspicious, the highest score first. evidence: JSON-able facts for
+    `result.json`. tables: further evidence, each written as `<name>.csv`.
+    """
+
+    model: nn.Module
+    flagged: list[int] = field(default_factory=list)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Defense:
+    """Hyperparameters that every defense has. Defaults are those of the method's paper."""
+
+    name: ClassVar[str]
+
+    batch_size: int = option(128, "clean images per step", source="ULRL release", low=2)
+    amp: bool = option(True, "bf16 autocast where the device has it", source="ULRL release")
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+
+    def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        """Repair `model`, which may be changed in place, with the clean samples.
+
+        model: [B, C, H, W] float32 normalised to [B, K] logits, on the device of `clean`.
+        """
+        raise NotImplementedError
+
+    def batches(self, clean: ImageSet, stream: str) -> Batches:
+        """Shuffled and augmented batches of the clean samples, drawn from the named stream."""
+        return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device))
+
+
+DEFENSES: Registry[Defense] = Registry("defense", "ulrl.defenses")
+register = DEFENSES.register

@@ -1,0 +1,65 @@
+"""Where things lie, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ulrl.errors import UserError
+
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+
+def home() -> Path:
+    """The folder that holds `record/`, `data/` and `config/`.
+
+    `$ULRL_HOME` when set; else the checkout that this package lies in, so that a script works from
+    any directory; else, for an installed package, the current directory.
+    """
+    if chosen := os.environ.get("ULRL_HOME"):
+        return Path(chosen).resolve()
+    return PACKAGE_ROOT if (PACKAGE_ROOT / "config").is_dir() else Path.cwd()
+
+
+def find_input(path: str | os.PathLike[str]) -> Path:
+    """A file or folder named by the user: relative to the current directory, else to `home()`."""
+    given = Path(path).expanduser()
+    return given if given.is_absolute() or given.exists() else home() / given
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; it becomes `path` when the block ends well."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; it becomes `folder` when the block ends well.
+
+    Raises:
+        UserError: `folder` exists and `overwrite` is false.
+    """
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

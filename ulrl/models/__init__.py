@@ -1,0 +1,46 @@
+"""Architectures by BackdoorBench's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ulrl.errors import UserError
+from ulrl.models.preact_resnet import PreActResNet18
+from ulrl.registry import nearest
+from ulrl.seeds import global_stream
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
+WIDTH = 64
+
+
+def build_model(name: str, num_classes: int, channels: int = 3, width: int = WIDTH, *, seed: int = 0) -> nn.Module:
+    """A fresh network on the CPU, in channels-last memory, initialised from `seed`.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}{nearest(name, list(MODELS))}")
+    with global_stream(seed, "initialisation"):
+        return MODELS[name](num_classes, channels, width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_model(name: str, num_classes: int, state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A network with the given weights, loaded strictly; its width and input channels are read off them.
+
+    Raises:
+        UserError: unknown name, or weights of another architecture.
+    """
+    first = state_dict.get("conv1.weight")
+    if first is None or first.ndim != 4:
+        raise UserError(f"the weights are not those of {name}: no convolution named 'conv1.weight'")
+    model = build_model(name, num_classes, channels=first.shape[1], width=first.shape[0])
+    try:
+        model.load_state_dict(dict(state_dict), strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the weights do not fit {name} with {num_classes} classes: {reason}") from None
+    return model

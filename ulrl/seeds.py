@@ -1,0 +1,32 @@
+"""One seed per stream of randomness, so that adding a stream never shifts another."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """A 63-bit seed for the named stream of a run seeded with `seed`."""
+    digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator on `device` for the named stream ("batches", "clean_subset", ...)."""
+    return torch.Generator(device=device).manual_seed(stream_seed(seed, stream))
+
+
+@contextlib.contextmanager
+def global_stream(seed: int, stream: str) -> Iterator[None]:
+    """Seed torch's global CPU generator inside the block, and put it back afterwards.
+
+    For what draws from the global generator and cannot be given another: the initialisation of
+    `torch.nn` modules. Models are built on the CPU, so the CPU generator is the one that counts.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, stream))
+        yield

@@ -1,0 +1,233 @@
+"""Training and judging: the loops that every attack and defense shares.
+
+Nothing here waits for the device within an epoch: losses and hits are summed on it and read once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from ulrl.data.batches import Batches
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.errors import UserError
+from ulrl.metrics import Judgement, share
+from ulrl.options import option
+
+EVAL_BATCH = 256
+
+SCHEDULERS = ("CosineAnnealingLR", "MultiStepLR", "constant")
+OPTIMIZERS = ("sgd", "adamw")
+
+
+@functools.cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware, so that autocast pays."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """bf16 autocast where `amp` is asked for and the device has it; fp32 elsewhere.
+
+    bf16 has fp32's range, so there is no loss scaling and no step is skipped for an overflow.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bf16(device))
+
+
+class Monitor:
+    """Progress out of a run: a bar per stage, a history row per epoch, the seconds of each stage.
+
+    `judge`, called every `eval_every` epochs when that is not 0, maps the model to figures for the
+    history (test_acc, test_asr, test_ra). They go into `history` alone: the code that reports its
+    epochs here never sees them.
+    """
+
+    def __init__(
+        self,
+        judge: Callable[[nn.Module], dict[str, Any]] | None = None,
+        eval_every: int = 0,
+        *,
+        bar: bool = False,
+    ) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self._judge = judge
+        self._every = eval_every
+        self._bar = bar
+
+    @contextlib.contextmanager
+    def stage(self, name: str, steps: int) -> Iterator[Stage]:
+        """A named part of the run, of `steps` optimisation steps at most."""
+        start, judged = time.perf_counter(), self.seconds.get("judge", 0.0)
+        with tqdm(total=steps, desc=name, disable=not self._bar, dynamic_ncols=True) as bar:
+            yield Stage(self, name, bar)
+        spent = time.perf_counter() - start - (self.seconds.get("judge", 0.0) - judged)
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def _epoch(self, stage: str, model: nn.Module, row: dict[str, Any]) -> None:
+        row = {"stage": stage, **row}
+        if self._judge and self._every and row["epoch"] % self._every == 0:
+            start = time.perf_counter()
+            row |= self._judge(model)
+            self.seconds["judge"] = self.seconds.get("judge", 0.0) + time.perf_counter() - start
+        self.history.append(row)
+
+
+class Stage:
+    """What a training loop tells of itself."""
+
+    def __init__(self, monitor: Monitor, name: str, bar: tqdm[Any]) -> None:
+        self._monitor = monitor
+        self._name = name
+        self._bar = bar
+
+    def step(self) -> None:
+        """One optimisation step is done."""
+        self._bar.update()
+
+    def epoch(self, model: nn.Module, epoch: int, **figures: float) -> None:
+        """Epoch `epoch` (from 1) is done, with its figures."""
+        self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
+        self._monitor._epoch(self._name, model, {"epoch": epoch, **figures})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How an attack trains its model. Defaults are BackdoorBench's for CIFAR-10."""
+
+    epochs: int = option(100, "training epochs", source="BackdoorBench", low=1)
+    batch_size: int = option(128, "images per step", source="BackdoorBench", low=2)
+    lr: float = option(0.01, "learning rate", source="BackdoorBench", low=0)
+    lr_scheduler: str = option(
+        "CosineAnnealingLR", "learning rate over the epochs", source="BackdoorBench", choices=SCHEDULERS
+    )
+    steplr_milestones: tuple[int, ...] = option((), "MultiStepLR: epochs after which the rate drops")
+    steplr_gamma: float = option(0.1, "MultiStepLR: factor of each drop", source="BackdoorBench", low=0)
+    client_optimizer: str = option("sgd", "optimiser", source="BackdoorBench", choices=OPTIMIZERS)
+    sgd_momentum: float = option(0.9, "momentum of sgd", source="BackdoorBench", low=0, high=1)
+    wd: float = option(5e-4, "weight decay", source="BackdoorBench", low=0)
+    amp: bool = option(True, "bf16 autocast where the device has it")
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.client_optimizer == "adamw":
+            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.wd)
+        return torch.optim.SGD(model.parameters(), self.lr, self.sgd_momentum, weight_decay=self.wd)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return make_scheduler(optimizer, self.lr_scheduler, self.epochs, self.steplr_milestones, self.steplr_gamma)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    epochs: int,
+    milestones: tuple[int, ...] = (),
+    gamma: float = 0.1,
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A per-epoch schedule; the cosine ends at `epochs`, where BackdoorBench's always ends at 100."""
+    if name == "MultiStepLR":
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma)
+    if name == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    monitor: Monitor,
+    stage: str,
+    *,
+    amp: bool = True,
+    ascend: bool = False,
+    penalty: Callable[[], torch.Tensor] | None = None,
+    clip: float | None = None,
+    stop: Callable[[float], bool] | None = None,
+) -> bool:
+    """Train `model` in place on cross-entropy, for `epochs` passes over `batches`.
+
+    ascend: maximise the cross-entropy instead. penalty: a scalar added to the loss of each step. clip:
+    bound on the global gradient norm. stop: given the epoch's training accuracy (in train mode, on the
+    augmented images, summed while the weights move), says whether to end there.
+
+    Returns whether `stop` ended the training. The model is left in train mode.
+
+    Raises:
+        UserError: the loss became NaN or infinite.
+    """
+    device = batches.data.device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    with monitor.stage(stage, epochs * len(batches)) as progress:
+        for epoch in range(1, epochs + 1):
+            totals = torch.zeros(3, device=device)  # loss, hits, samples
+            for x, y in batches:
+                with autocast(device, amp):
+                    logits = model(x)
+                    loss = F.cross_entropy(logits, y)
+                objective = -loss if ascend else loss
+                if penalty is not None:
+                    objective = objective + penalty()
+                optimizer.zero_grad()
+                objective.backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                optimizer.step()
+                with torch.no_grad():
+                    hits = (logits.argmax(1) == y).sum()
+                    totals += torch.stack([loss.detach().float() * len(y), hits, totals.new_tensor(len(y))])
+                progress.step()
+            scheduler.step()
+            loss_sum, hit_sum, count = totals.tolist()
+            loss_mean, accuracy = loss_sum / count, hit_sum / count
+            if not math.isfinite(loss_mean):
+                raise UserError(
+                    f"the loss of stage {stage!r} became {loss_mean} in epoch {epoch}; lower its learning rate"
+                )
+            progress.epoch(model, epoch, loss=loss_mean, acc=accuracy)
+            if stop is not None and stop(accuracy):
+                return True
+    return False
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
+    """The class that `model`, in eval mode, gives each image: int64 [N] on the set's device.
+
+    The model is put back into the mode it was in.
+    """
+    was_training = model.training
+    model.eval()
+    with autocast(data.device, amp):
+        classes = [model(x).argmax(1) for x, _ in Batches(data, EVAL_BATCH)]
+    model.train(was_training)
+    return torch.cat(classes) if classes else data.labels.new_empty(0)
+
+
+def judge(model: nn.Module, clean: ImageSet, poisoned: PoisonedSet, amp: bool = True) -> Judgement:
+    """ACC, ASR and RA of a model; one pass over each set, as ASR and RA share their predictions."""
+    acc = share(predict(model, clean, amp) == clean.labels)
+    classes = predict(model, poisoned, amp)
+    return Judgement(
+        acc=acc or 0.0,
+        asr=share(classes == poisoned.labels),
+        ra=share(classes == poisoned.original_labels),
+        n_clean=len(clean),
+        n_poisoned=len(poisoned),
+    )
