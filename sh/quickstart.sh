@@ -6,6 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash sh/install.sh
 bash sh/init_folders.sh
-.venv/bin/python attack/badnet.py --yaml_path config/attack/prototype/digits.yaml --save_folder_name quickstart --overwrite
+.venv/bin/python attack/badnet.py --yaml_path config/attack/prototype/digits.yaml --patch_size 2 --save_folder_name quickstart --overwrite
 .venv/bin/python defense/ulrl.py --result_file quickstart
 echo "The backdoored model is in record/quickstart; the repaired one and its plots are in record/quickstart/defense/ulrl."

@@ -116,7 +116,7 @@ class Schema:
             content = yaml.safe_load(file.read_text())
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise UserError(f"{file} holds a {type(content).__name__}, not a mapping of option: value lines")
@@ -141,7 +141,7 @@ class Schema:
         f, kinds = self.fields[name], _kinds(self.hints[name])
         try:
             value = _as(value, kinds)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise UserError(f"{where}: {value!r} is not {_describe(kinds)}") from None
         choices, low, high = (f.metadata[k] for k in ("choices", "low", "high"))
         if choices and value not in choices:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import socket
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -129,7 +130,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
         if content[:3] != b"\0\0\x08" or len(content) != 4 + 4 * ndim + math.prod(map(int, shape)):
             raise ValueError
         return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError):
+    except (OSError, EOFError, ValueError, IndexError, zlib.error):
         raise UserError(f"{path} is damaged; remove it to have it downloaded again") from None
 
 

@@ -72,7 +72,7 @@ class ULRL(Defense):
         )  # fmt: skip
         neurons, spread = self._rank(head, unlearned.model.get_submodule(head_name))
         flagged = neurons[neurons.flagged].sort_values("z", ascending=False).index.tolist()
-        rows = flagged or ([int(neurons.change.idxmax())] if self.on_empty == "top1" else [])
+        rows = flagged or ([int(neurons.change.to_numpy().argmax())] if self.on_empty == "top1" else [])
         if rows or self.on_empty == "finetune":
             self._relearn(model, head, rows, clean, monitor)
         evidence = {

@@ -1,0 +1,45 @@
+"""What several test files share: one tiny record, trained once per session."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ulrl.cli import attack_main
+
+TINY = "--dataset digits --width 4 --epochs 1 --device cpu".split()
+
+
+@pytest.fixture(scope="session")
+def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ULRL_HOME that holds record/tiny: BadNets on the digits. Copy it rather than change it."""
+    home = tmp_path_factory.mktemp("trained")
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        patch.setenv("ULRL_HOME", str(home))
+        with pytest.raises(SystemExit) as left:
+            attack_main("badnet", [*TINY, "--save_folder_name", "tiny"])
+    assert left.value.code == 0, said.getvalue()[-2000:]
+    return home
+
+
+@pytest.fixture
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ULRL_HOME; the working directory is another one."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("ULRL_HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    return home
+
+
+@pytest.fixture
+def tiny_home(trained_home: Path, empty_home: Path) -> Path:
+    """A ULRL_HOME of this test's own, with record/tiny in it."""
+    shutil.copytree(trained_home / "record", empty_home / "record")
+    return empty_home

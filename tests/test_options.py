@@ -1,0 +1,474 @@
+"""Options: what wins over what, what is refused, and that nothing typed by a user ends in a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from ulrl.attacks.base import ATTACKS
+from ulrl.cli import attack_main, defense_main
+from ulrl.defenses.base import DEFENSES
+from ulrl.errors import UserError
+from ulrl.options import IGNORED, Schema, option
+from ulrl.runs import AttackRun, DefenseRun
+from ulrl.training import TrainOptions
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "config"
+
+
+@dataclass(frozen=True)
+class Toy:
+    epochs: int = option(3, "how often", low=1, high=50)
+    lr: float = option(0.1, "how fast", low=0)
+    amp: bool = option(True, "whether")
+    init: bool = option(False, "whether too")
+    name: str = option("x", "which", source="a paper")
+    path: str | None = option(None, "where")
+    count: int | None = option(None, "how many", low=1)
+    steplr_milestones: tuple[int, ...] = option((), "when")
+    kind: str = option("sgd", "which kind", choices=("sgd", "adamw"))
+    secret: int = 7  # a field, but no option
+
+
+@dataclass(frozen=True)
+class Other:
+    epochs: int = option(5, "how often, for another")
+    alpha: float = option(0.5, "how much")
+
+
+TOY = Schema(Toy, Other)
+
+
+def flags(*argv: str) -> dict[str, Any]:
+    return TOY.flags(argv, "toy", "A toy.")
+
+
+@pytest.fixture
+def from_yaml(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    def read(text: str) -> dict[str, Any]:
+        file = tmp_path / "options.yaml"
+        file.write_text(text)
+        return TOY.yaml(file)
+
+    return read
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    """What `work` returns, or the message of the UserError that it raises; nothing else may come."""
+    try:
+        return work()
+    except UserError as error:
+        return str(error)
+
+
+def refused(work: Callable[[], object], *words: str) -> None:
+    """`work` ends in a UserError of one line that has all `words`."""
+    with pytest.raises(UserError) as caught:
+        work()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+# What wins
+
+
+def test_later_layers_win_and_tell_their_origin() -> None:
+    prototype = {"epochs": 10, "lr": 0.2, "name": "prototype", "num_workers": 4}
+    attack = {"lr": 0.3, "name": "attack"}
+    merged, ignored = TOY.merge(("proto.yaml", prototype), ("bd.yaml", attack), ("flag", {"name": "flag"}))
+    assert merged.build(Toy) == Toy(epochs=10, lr=0.3, name="flag")
+    assert merged.build(Other) == Other(epochs=10)
+    assert {k: merged.origin[k] for k in ("epochs", "lr", "name")} == {
+        "epochs": "proto.yaml",
+        "lr": "bd.yaml",
+        "name": "flag",
+    }
+    assert ignored == ["num_workers"]
+
+
+def test_without_layers_the_dataclass_speaks() -> None:
+    merged, ignored = TOY.merge()
+    assert merged.build(Toy) == Toy()
+    assert merged.build(Other) == Other()
+    assert ignored == []
+    assert flags() == {}
+
+
+def test_a_run_takes_flag_over_attack_yaml_over_prototype_yaml_over_default(
+    empty_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prototype = empty_home / "config/attack/prototype/digits.yaml"
+    attack = empty_home / "config/attack/badnet/default.yaml"
+    for file in (prototype, attack):
+        file.parent.mkdir(parents=True)
+    prototype.write_text("width: 6\nepochs: 2\nbatch_size: 64\nlr: 0.02\nattack_target: 1\nwd:\nnum_workers: 4\n")
+    attack.write_text("batch_size: 32\nlr: 3e-2\nattack_target: 2\nfrequency_save: 0\n")
+    argv = "--train_samples 64 --lr 0.04 --attack_target 3 --width 2 --device cpu --save_folder_name a --pin_memory 1"
+    with pytest.raises(SystemExit) as left:
+        attack_main("badnet", argv.split())
+    said = capsys.readouterr()
+    assert left.value.code == 0, said.err[-2000:]
+    options = json.loads((empty_home / "record/a/result.json").read_text())["options"]
+    got = {k: options[k] for k in ("wd", "epochs", "batch_size", "lr", "attack_target", "width", "pratio")}
+    assert got == {
+        "wd": TrainOptions.wd,
+        "epochs": 2,
+        "batch_size": 32,
+        "lr": 0.04,
+        "attack_target": 3,
+        "width": 2,
+        "pratio": 0.1,
+    }
+    (ignored,) = [line for line in said.err.splitlines() if "num_workers" in line]
+    for key in ("num_workers", "frequency_save", "pin_memory"):
+        assert key in ignored
+    for file in (prototype, attack):
+        assert str(file) in said.err
+
+
+# What is understood
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--amp"], True),
+        (["--amp", "false"], False),
+        (["--amp", "True"], True),
+        (["--amp=no"], False),
+        (["--amp", "0"], False),
+        (["--amp", "1"], True),
+    ],
+)
+def test_booleans_as_flags(argv: list[str], value: bool) -> None:
+    assert flags(*argv) == {"amp": value}
+    assert flags("--init", "--lr", "1", *argv) == {"init": True, "lr": 1.0, "amp": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("True", True), ("False", False), ("'False'", False), ("yes", True), ("off", False)]
+)
+def test_booleans_in_yaml(from_yaml: Callable[[str], dict[str, Any]], text: str, value: bool) -> None:
+    assert from_yaml(f"amp: {text}") == {"amp": value}
+
+
+def test_lists_in_every_spelling(from_yaml: Callable[[str], dict[str, Any]]) -> None:
+    wanted = {"steplr_milestones": (10, 20)}
+    assert flags("--steplr_milestones", "10", "20") == wanted
+    assert flags("--steplr_milestones", "10,20") == wanted
+    assert flags("--steplr_milestones=10,20") == wanted
+    assert flags("--steplr_milestones", "10,", "20", "--lr", "1") == {**wanted, "lr": 1.0}
+    assert from_yaml("steplr_milestones: [10, 20]") == wanted
+    assert from_yaml("steplr_milestones: 10, 20") == wanted
+    assert from_yaml("steplr_milestones:\n- 10\n- 20\n") == wanted
+    assert from_yaml("steplr_milestones: []") == {"steplr_milestones": ()}
+
+
+def test_numbers_that_yaml_takes_for_text(from_yaml: Callable[[str], dict[str, Any]]) -> None:
+    assert from_yaml("lr: 1e-3") == {"lr": 0.001}
+    assert from_yaml("lr: 1") == {"lr": 1.0}
+    assert from_yaml("epochs: '12'") == {"epochs": 12}
+    assert from_yaml("epochs: 12.0") == {"epochs": 12}
+    assert from_yaml("name: 5") == {"name": "5"}
+    assert isinstance(from_yaml("lr: 1")["lr"], float)
+    assert isinstance(from_yaml("epochs: 12.0")["epochs"], int)
+
+
+def test_an_empty_yaml_key_is_not_given(from_yaml: Callable[[str], dict[str, Any]]) -> None:
+    assert from_yaml("epochs:\nlr: ~\npath:\nnum_classes:\nname: y\n") == {"name": "y"}
+
+
+def test_none_can_be_written_for_what_may_be_none(from_yaml: Callable[[str], dict[str, Any]]) -> None:
+    assert flags("--path", "None", "--count", "null") == {"path": None, "count": None}
+    assert from_yaml("count: none") == {"count": None}
+    refused(lambda: flags("--epochs", "None"), "--epochs", "whole number")
+
+
+def test_keys_of_backdoorbench_are_accepted_and_reported(from_yaml: Callable[[str], dict[str, Any]]) -> None:
+    keys = sorted(IGNORED)
+    assert {"num_workers", "pin_memory", "non_blocking", "prefetch", "frequency_save"} <= set(keys)
+    given_yaml = from_yaml("".join(f"{key}: 4\n" for key in keys))
+    given_flags = flags(*(word for key in keys for word in (f"--{key}", "4")), "--epochs", "9", "--prefetch")
+    for layer in (given_yaml, given_flags):
+        merged, ignored = TOY.merge(("somewhere", layer))
+        assert ignored == keys
+        assert not set(merged.values) & IGNORED
+    assert given_flags["epochs"] == 9
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--epoch", "3"], ["--epoch;", "--epochs"]),
+        (["--step_milestones=1"], ["--step_milestones;", "--steplr_milestones"]),
+        (["stray"], ["stray"]),
+        (["--epochs"], ["--epochs"]),
+        (["--epochs", "many"], ["--epochs", "many", "whole number"]),
+        (["--epochs", "1.5"], ["--epochs", "1.5", "whole number"]),
+        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--epochs", "51"], ["--epochs", "at most 50"]),
+        (["--epochs", "-3"], ["--epochs", "at least 1"]),
+        (["--lr", "fast"], ["--lr", "fast", "number"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
+        (["--lr=-1e-3"], ["--lr", "at least 0"]),
+        (["--amp", "maybe"], ["--amp", "maybe", "true or false"]),
+        (["--amp="], ["--amp"]),
+        (["--kind", "adam"], ["--kind", "'adam'", "sgd", "adamw"]),
+        (["--count", "0"], ["--count", "at least 1"]),
+        (["--steplr_milestones", "10", "x"], ["--steplr_milestones", "whole numbers"]),
+        (["--secret", "1"], ["--secret"]),
+        (["--epochs", "1" + "0" * 400], ["--epochs"]),
+        (["--epochs", "1" + "0" * 5000], ["--epochs"]),
+        (["--lr", "1" + "0" * 400], ["--lr"]),
+    ],
+)
+def test_flags_that_are_refused(argv: list[str], words: list[str]) -> None:
+    refused(lambda: flags(*argv), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", ["'epoch'", "'epochs'"]),
+        ("secret: 3", ["'secret'"]),
+        ("3: epochs", ["3"]),
+        ("- epochs\n- 3\n", ["list", "mapping"]),
+        ("just words", ["str", "mapping"]),
+        ("3", ["int", "mapping"]),
+        ("epochs: [", ["YAML"]),
+        ("epochs: 3\n\tlr: 1\n", ["YAML"]),
+        ("epochs: 2024-13-45\n", ["YAML"]),
+        ("epochs: " + "1" * 5000, []),
+        ("epochs: many", ["epochs", "whole number"]),
+        ("epochs: 1.5", ["epochs", "whole number"]),
+        ("epochs: True", ["epochs", "whole number"]),
+        ("epochs: [3]", ["epochs", "whole number"]),
+        ("epochs: .inf", ["epochs", "whole number"]),
+        ("epochs: 0", ["epochs", "at least 1"]),
+        ("lr: .nan", ["lr", "number"]),
+        ("lr: yes", ["lr", "number"]),
+        ("lr: 1" + "0" * 400, ["lr"]),
+        ("amp: 2", ["amp", "true or false"]),
+        ("amp: [True]", ["amp", "true or false"]),
+        ("name: [a]", ["name", "text"]),
+        ("name: {a: b}", ["name", "text"]),
+        ("name: True", ["name", "text"]),
+        ("kind: adam", ["kind", "sgd", "adamw"]),
+        ("steplr_milestones: [10, x]", ["steplr_milestones", "whole numbers"]),
+        ("steplr_milestones: [[10], 20]", ["steplr_milestones", "whole numbers"]),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    refused(lambda: TOY.yaml(file), str(file), *words)
+
+
+def test_yaml_files_that_cannot_be_read(tmp_path: Path) -> None:
+    refused(lambda: TOY.yaml(tmp_path / "nosuch.yaml"), "nosuch.yaml", "No such file")
+    refused(lambda: TOY.yaml(tmp_path), str(tmp_path))
+    binary = tmp_path / "model.pt"
+    binary.write_bytes(bytes(range(256)))
+    refused(lambda: TOY.yaml(binary), str(binary), "not YAML")
+    refused(lambda: TOY.yaml("x" * 5000), "xxx")
+
+
+# Every option of every method
+
+ALL = {
+    **{f"attack {name}": Schema(AttackRun, cls, TrainOptions) for name, cls in ATTACKS.items()},
+    **{f"defense {name}": Schema(DefenseRun, cls) for name, cls in DEFENSES.items()},
+}
+EVERY = [(method, key) for method, schema in ALL.items() for key in schema.fields]
+
+
+def strategy(schema: Schema, key: str) -> st.SearchStrategy[Any]:
+    """Values that the option takes."""
+    about, hint = schema.fields[key].metadata, schema.hints[key]
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next(part for part in parts if part is not types.NoneType)
+    if about["choices"]:
+        return st.sampled_from(about["choices"])
+    if kind is bool:
+        return st.booleans()
+    if kind is int:
+        return st.integers(about["low"], about["high"])
+    if kind is float:
+        return st.floats(about["low"], about["high"], allow_nan=False, allow_infinity=False)
+    if kind is str:
+        return st.text(st.characters(exclude_categories=["Cs"])).filter(
+            lambda text: text.strip().lower() not in ("", "none", "null")
+        )
+    assert typing.get_origin(kind) is tuple
+    return st.lists(st.integers()).map(tuple)
+
+
+def test_all_options_explain_themselves() -> None:
+    assert len(EVERY) > 40
+    for method, key in EVERY:
+        about = ALL[method].fields[key].metadata
+        for what in ("help", "source"):
+            assert about[what].strip(), f"{key} of {method} has no {what}"
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_help_shows_each_flag_with_default_and_source(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind, name = method.split()
+    with pytest.raises(SystemExit) as left:
+        {"attack": attack_main, "defense": defense_main}[kind](name, ["--help"])
+    assert left.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for key, f in ALL[method].fields.items():
+        assert f"--{key} " in said
+        default = "none" if f.default is None or f.default == () else f.default
+        assert f"(default: {default}, {f.metadata['source']})" in said
+
+
+def test_defaults_lie_within_their_own_bounds() -> None:
+    for method, key in EVERY:
+        schema = ALL[method]
+        default = schema.fields[key].default
+        if default not in (None, ""):
+            text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            assert schema.flags([f"--{key}={text}"], "x", "") == {key: default}, key
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(EVERY), st.data())
+def test_what_is_written_is_read(tmp_path: Path, which: tuple[str, str], data: st.DataObject) -> None:
+    (method, key), file = which, tmp_path / "written.yaml"
+    schema = ALL[method]
+    value = data.draw(strategy(schema, key))
+    if isinstance(value, tuple):
+        words = [",".join(map(str, value))]
+    else:
+        words = [str(value)]
+    assert schema.flags([f"--{key}={words[0]}"], "x", "") == {key: value}
+    file.write_text(yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value}))
+    assert schema.yaml(file) == {key: value}
+    file.write_text(yaml.safe_dump({key: words[0]}))
+    assert schema.yaml(file) == {key: value}
+
+
+GARBAGE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(EVERY), GARBAGE | st.integers(10**300, 10**500))
+def test_garbage_in_yaml_is_read_or_refused(tmp_path: Path, which: tuple[str, str], garbage: Any) -> None:
+    method, key = which
+    file = tmp_path / "garbage.yaml"
+    file.write_text(yaml.safe_dump({key: garbage}))
+    got = attempt(lambda: ALL[method].yaml(file))
+    assert key in got if isinstance(got, str) else set(got) <= {key}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text().map(str.encode) | st.binary())
+def test_any_file_as_yaml_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "any.yaml"
+    file.write_bytes(content)
+    got = attempt(lambda: TOY.yaml(file))
+    assert str(file) in got if isinstance(got, str) else got == {}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(EVERY), st.text() | st.from_regex(r"-?[0-9]+(e[0-9]{1,4})?", fullmatch=True), st.lists(st.text())
+)
+def test_garbage_as_flags_is_read_or_refused(which: tuple[str, str], text: str, more: list[str]) -> None:
+    method, key = which
+    assume(not any(word.startswith(("-h", "--h")) for word in more))
+    schema = ALL[method]
+    got = attempt(lambda: schema.flags([f"--{key}={text}"], "x", ""))
+    assert f"--{key}" in got if isinstance(got, str) else set(got) == {key}
+    got = attempt(lambda: schema.flags([f"--{key}", *more], "x", ""))
+    assert got  # an error says something, and what is read is at least this option
+
+
+# The files that come with the library
+
+ATTACK_SCHEMA = Schema(AttackRun, *ATTACKS.values(), TrainOptions)
+
+
+def schema_of(file: Path) -> Schema:
+    kind, name = file.relative_to(CONFIG).parts[:2]
+    if kind == "defense":
+        return Schema(DefenseRun, DEFENSES[name])
+    return ATTACK_SCHEMA if name == "prototype" else Schema(AttackRun, ATTACKS[name], TrainOptions)
+
+
+def test_shipped_files_are_options_of_their_method() -> None:
+    files = [file for kind in ("attack", "defense") for file in sorted((CONFIG / kind).rglob("*.y*ml"))]
+    assert {file.relative_to(CONFIG).parts[0] for file in files} == {"attack", "defense"}
+    for file in files:
+        assert schema_of(file).yaml(file), file
+
+
+def test_shipped_prototype_files_are_of_the_data_set_in_their_name() -> None:
+    for file in (CONFIG / "attack" / "prototype").glob("*.yaml"):
+        assert ATTACK_SCHEMA.yaml(file)["dataset"] == file.stem
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "relearn_lr", "relearn_alpha"),
+    [
+        ("config", "cifar10", 0.005, 0.7),
+        ("cifar10", "cifar10", 0.005, 0.7),
+        ("cifar100", "cifar100", 0.001, 0.001),
+        ("gtsrb", "gtsrb", 0.001, 0.001),
+        ("tiny", "tiny", 0.001, 0.001),
+    ],
+)
+def test_the_released_ulrls_files_carry_its_values(
+    name: str, dataset: str, relearn_lr: float, relearn_alpha: float
+) -> None:
+    cls = DEFENSES["ulrl"]
+    schema = Schema(DefenseRun, cls)
+    settings, _ = schema.merge(("file", schema.yaml(CONFIG / "defense" / "ulrl" / f"{name}.yaml")))
+    run = settings.build(DefenseRun)
+    assert (run.dataset, run.model, run.ratio, run.random_seed) == (dataset, "preactresnet18", 0.01, 0)
+    got = dataclasses.asdict(settings.build(cls))
+    assert got == {
+        **dataclasses.asdict(cls()),  # keys that the release does not have: its behaviour is their default
+        "batch_size": 128,
+        "amp": True,
+        "random_seed": 0,
+        "linear_name": "linear",
+        "unlearning_epochs": 20,
+        "unlearning_lr": 0.01,
+        "lr_scheduler": "MultiStepLR",
+        "steplr_milestones": (10, 20),
+        "steplr_gamma": 0.1,
+        "client_optimizer": "sgd",
+        "sgd_momentum": 0.9,
+        "wd": 0.0005,
+        "clean_threshold": 0.2,
+        "init": True,
+        "relearn_epochs": 20,
+        "relearn_lr": relearn_lr,
+        "relearn_alpha": relearn_alpha,
+    }
+    assert (got["clip"], got["z_threshold"], got["max_neurons"]) == (20, 3.5, 2)
