@@ -103,7 +103,8 @@ def main() -> None:
         predict(ours, test.to(device)).sum().item()
 
     print(
-        f"{device}, {torch.get_num_threads()} threads, bf16 {has_bf16(device)}, torch {torch.__version__}, width {args.width}"
+        f"{device}, {torch.get_num_threads()} threads, bf16 {has_bf16(device)}, torch {torch.__version__}, "
+        f"width {args.width}"
     )
     for name, a, b, n in (
         ("training", train_ours, train_plain, len(train)),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,10 @@ def run_attack(
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
     with whole_folder(home() / "record" / name, overwrite=run.overwrite) as folder, _log_file(folder):
-        clean_train, clean_test = load_dataset(run.dataset, run.dataset_path)
-        kept = _training_subset(len(clean_train), run)
-        train = clean_train.subset(kept)
+        train, clean_test = load_dataset(run.dataset, run.dataset_path)
+        n_train, kept = len(train), _training_subset(len(train), run)
+        if len(kept) < n_train:
+            train = train.subset(kept)
         chosen = attack.choose(train.labels)
         poisoned_train = _poison(attack, train, chosen, kept[chosen], train=True)
         judged = attack.judged(clean_test.labels)
@@ -124,12 +125,10 @@ def run_attack(
         log.info("%s: %d of %d training images poisoned", attack.name, len(chosen), len(train))
         monitor.seconds["load"] = time.perf_counter() - start
 
-        images, labels = train.images.clone(), train.labels.clone()
-        images[chosen], labels[chosen] = poisoned_train.images, poisoned_train.labels
-        batches = Batches(
-            replace(train, images=images, labels=labels).to(device), training.batch_size,
-            generator(run.random_seed, "batches", device), drop_last=True,
-        )  # fmt: skip
+        # The images are held once: the poisoned ones take the place of the clean ones.
+        train.images[chosen], train.labels[chosen] = poisoned_train.images, poisoned_train.labels
+        stream = generator(run.random_seed, "batches", device)
+        batches = Batches(train.to(device), training.batch_size, stream, drop_last=True)
         optimizer = training.optimizer(model)
         fit(
             model, batches, training.epochs, optimizer, training.scheduler(optimizer), monitor, "train",
@@ -140,7 +139,7 @@ def run_attack(
         write_record(
             folder, final_name=name, model_name=run.model, num_classes=spec.num_classes,
             state_dict=model.state_dict(), spec=spec, poisoned_test=poisoned_test, n_test=len(clean_test),
-            poisoned_train=poisoned_train if len(chosen) else None, n_train=len(clean_train), train_indices=kept,
+            poisoned_train=poisoned_train if len(chosen) else None, n_train=n_train, train_indices=kept,
             info=_info(attack, run, training, name),
         )  # fmt: skip
         history = pd.DataFrame(monitor.history)
@@ -179,10 +178,11 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     device = pick_device(run.device)
     poisoned_test = record.poisoned_test(spec).to(device)
     model = load_model(record.model_name, record.num_classes, record.state_dict).to(device)
-    clean_train, clean_test = load_dataset(record.dataset, run.dataset_path)
+    train, clean_test = load_dataset(record.dataset, run.dataset_path)
     clean_test = clean_test.to(device)
-    index = _clean_index(run, len(clean_train))
-    clean = clean_train.subset(index).to(device)
+    index = _clean_index(run, len(train))
+    clean = train.subset(index).to(device)
+    del train  # the defender has no more than the clean samples
     monitor = Monitor(lambda m: _test_row(judge(m, clean_test, poisoned_test, defense.amp)), run.eval_every, bar=bar)
     monitor.seconds["load"] = time.perf_counter() - start
 

@@ -12,7 +12,6 @@ import socket
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ def dataset_spec(name: str) -> DatasetSpec:
     return SPECS[name]
 
 
-@lru_cache(maxsize=2)
 def load_dataset(name: str, dataset_path: str = "./data") -> tuple[ImageSet, ImageSet]:
     """The (train, test) splits on the CPU, read from `<dataset_path>/<name>`, downloaded if need be.
 

@@ -1,0 +1,159 @@
+"""The training loop, the judge and their measures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ulrl.data.batches import Batches
+from ulrl.data.datasets import load_dataset
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.errors import UserError
+from ulrl.metrics import Judgement, defense_effectiveness
+from ulrl.models import build_model, load_model
+from ulrl.seeds import generator, stream_seed
+from ulrl.training import Monitor, TrainOptions, fit, judge, make_scheduler, predict
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[ImageSet, ImageSet]:
+    return load_dataset("digits")
+
+
+def train(data: ImageSet, options: TrainOptions, monitor: Monitor, **how: object) -> nn.Module:
+    model = build_model("preactresnet18", 10, 1, 8)
+    optimizer = options.optimizer(model)
+    batches = Batches(data, options.batch_size, generator(0, "batches"))
+    fit(model, batches, options.epochs, optimizer, options.scheduler(optimizer), monitor, "train", **how)  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        TrainOptions(epochs=3, batch_size=64, lr=0.05),
+        TrainOptions(epochs=3, batch_size=64, lr=0.05, amp=False),
+        TrainOptions(epochs=3, batch_size=64, lr=0.003, client_optimizer="adamw"),
+        TrainOptions(epochs=3, batch_size=64, lr=0.05, lr_scheduler="MultiStepLR", steplr_milestones=(2,)),
+    ],
+)
+def test_fit_learns_the_digits(options: TrainOptions, digits: tuple[ImageSet, ImageSet]) -> None:
+    monitor = Monitor()
+    model = train(digits[0], options, monitor)
+    assert (predict(model, digits[1]) == digits[1].labels).double().mean() > 0.8
+    losses = [row["loss"] for row in monitor.history]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+
+def test_fit_can_ascend_stop_and_be_pulled(digits: tuple[ImageSet, ImageSet]) -> None:
+    monitor, seen = Monitor(), []
+    options = TrainOptions(epochs=5, batch_size=64, lr=0.01)
+    train(digits[0], options, monitor, ascend=True, clip=20.0, stop=lambda acc: seen.append(acc) or len(seen) == 2)
+    assert len(monitor.history) == 2
+    assert monitor.history[1]["loss"] > monitor.history[0]["loss"]
+    assert seen == [row["acc"] for row in monitor.history]
+    pull = torch.zeros((), requires_grad=True)
+    train(digits[0].subset(torch.arange(64)), TrainOptions(epochs=1), Monitor(), penalty=lambda: 3 * pull)
+    assert pull.grad is not None
+    assert pull.grad.item() == 3
+
+
+def test_fit_says_when_the_loss_is_not_finite(digits: tuple[ImageSet, ImageSet]) -> None:
+    with pytest.raises(UserError, match="lower its learning rate"):
+        train(digits[0], TrainOptions(epochs=2, lr=1e20, batch_size=64), Monitor())
+
+
+def test_cosine_ends_with_the_epochs_and_multistep_drops() -> None:
+    def rates(name: str, epochs: int) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+        scheduler, seen = make_scheduler(optimizer, name, epochs, (2,), 0.1), []
+        for _ in range(epochs):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return [*seen, optimizer.param_groups[0]["lr"]]
+
+    assert rates("CosineAnnealingLR", 4) == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
+    assert rates("MultiStepLR", 3) == pytest.approx([1, 1, 0.1, 0.1])
+    assert rates("constant", 3) == [1, 1, 1, 1]
+
+
+class Always(nn.Module):
+    """Calls each image the class of its first pixel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -(x[:, 0, 0, :1] - torch.arange(10, dtype=torch.float32)).abs()
+
+
+def test_judge_counts_by_hand(digits: tuple[ImageSet, ImageSet]) -> None:
+    from dataclasses import replace
+
+    spec = replace(digits[0].spec, mean=(0.0,), std=(1 / 255,))
+
+    def images(*classes: int) -> torch.Tensor:
+        return torch.tensor(classes, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+    clean = ImageSet(images(1, 2, 3, 4), torch.tensor([1, 2, 3, 0]), spec)
+    poisoned = PoisonedSet(
+        images(0, 0, 5, 2, 2), torch.zeros(5, dtype=torch.int64), spec, torch.tensor([1, 2, 5, 2, 1]), torch.arange(5)
+    )
+    assert judge(Always(), clean, poisoned) == Judgement(acc=0.75, asr=0.4, ra=0.4, n_clean=4, n_poisoned=5)
+    nothing = poisoned.subset(torch.arange(0))
+    assert judge(Always(), clean, nothing).asr is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((0.92, 1.0), (0.92, 0.0), 1.0),
+        ((0.92, 1.0), (0.82, 0.0), 0.95),
+        ((0.92, 1.0), (0.95, 1.0), 0.5),
+        ((0.92, 0.1), (0.92, 0.3), 0.5),
+        ((0.92, None), (0.92, None), None),
+    ],
+)
+def test_der(before: tuple, after: tuple, expected: float | None) -> None:
+    a, b = (Judgement(acc, asr, None, 1, 1) for acc, asr in (before, after))
+    assert defense_effectiveness(a, b) == (None if expected is None else pytest.approx(expected))
+
+
+def test_model_has_backdoorbench_keys_and_counts() -> None:
+    state = build_model("preactresnet18", 10).state_dict()
+    assert len(state) == 102
+    assert state["conv1.weight"].shape == (64, 3, 3, 3)
+    assert list(state)[:8] == [
+        "conv1.weight", "layer1.0.bn1.weight", "layer1.0.bn1.bias", "layer1.0.bn1.running_mean",
+        "layer1.0.bn1.running_var", "layer1.0.bn1.num_batches_tracked", "layer1.0.conv1.weight", "layer1.0.bn2.weight",
+    ]  # fmt: skip
+    assert list(state)[-2:] == ["linear.weight", "linear.bias"]
+    assert state["linear.weight"].shape == (10, 512)
+    assert [k for k in state if "shortcut" in k] == [f"layer{i}.0.shortcut.0.weight" for i in (2, 3, 4)]
+
+
+def test_model_width_and_channels_are_read_off_the_weights() -> None:
+    narrow = build_model("preactresnet18", 43, channels=1, width=8, seed=3)
+    loaded = load_model("preactresnet18", 43, narrow.state_dict())
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(narrow.eval()(x), loaded.eval()(x))
+    with pytest.raises(UserError, match="do not fit"):
+        load_model("preactresnet18", 10, narrow.state_dict())
+    with pytest.raises(UserError, match="conv1"):
+        load_model("preactresnet18", 10, {"a": torch.zeros(1)})
+    with pytest.raises(UserError, match="did you mean 'preactresnet18'"):
+        load_model("preactresnet81", 10, narrow.state_dict())
+
+
+def test_streams_are_independent_of_each_other() -> None:
+    assert stream_seed(0, "batches") != stream_seed(0, "poison") != stream_seed(1, "poison")
+    assert torch.equal(torch.rand(3, generator=generator(5, "a")), torch.rand(3, generator=generator(5, "a")))
+
+
+def test_judging_by_epoch_is_timed_apart_and_not_shown_to_the_loop(digits: tuple[ImageSet, ImageSet]) -> None:
+    calls = []
+    monitor = Monitor(lambda model: calls.append(model) or {"test_asr": 0.5}, eval_every=2)
+    train(digits[0].subset(torch.arange(128)), TrainOptions(epochs=4, batch_size=64), monitor)
+    assert len(calls) == 2
+    assert [row.get("test_asr") for row in monitor.history] == [None, 0.5, None, 0.5]
+    assert set(monitor.seconds) == {"train", "judge"}
