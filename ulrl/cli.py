@@ -152,7 +152,7 @@ def _exit_with(command: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
             raise
         where = f" {error.filename}" if error.filename else ""
         _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ulrl.errors import UserError
 
@@ -27,7 +31,7 @@ def home() -> Path:
 def find_input(path: str | os.PathLike[str]) -> Path:
     """A file or folder named by the user: relative to the current directory, else to `home()`."""
     given = Path(path).expanduser()
-    return given if given.is_absolute() or given.exists() else home() / given
+    return given if given.is_absolute() or os.path.exists(given) else home() / given
 
 
 @contextlib.contextmanager
@@ -48,11 +52,14 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: `folder` exists and `overwrite` is false.
     """
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
     partial = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
+    if replaced.exists() and not folder.exists():  # killed between the two renames below
+        os.replace(replaced, folder)
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
     shutil.rmtree(partial, ignore_errors=True)
+    new_parent = not folder.parent.exists()
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -63,3 +70,12 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if new_parent and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def save_torch(content: Any, path: Path) -> None:
+    """`torch.save`, by way of memory: a full disk is then an OSError, where torch's writer has its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())

@@ -173,13 +173,12 @@ def _as(value: Any, kinds: tuple[Any, ...]) -> Any:
     if types.NoneType in kinds and text is not None and text.lower() in ("", "none", "null"):
         return None
     if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if text is None or text.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        word = str(value).strip().lower()
+        if word not in ("true", "yes", "1", "false", "no", "0"):
             raise ValueError
-        return text.lower() in ("true", "yes", "1")
+        return word in ("true", "yes", "1")
     if kind is tuple:
-        parts = [text] if text is not None else value
+        parts = value if isinstance(value, (list, tuple)) else [value]
         words = [word for part in parts for word in str(part).replace(",", " ").split()]
         return tuple(_as(word, (int,)) for word in words)
     if kind is str:

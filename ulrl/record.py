@@ -24,7 +24,7 @@ from PIL import Image
 
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.files import whole_file
+from ulrl.files import save_torch, whole_file
 
 RESULT_FILE = "attack_result.pt"
 INFO_FILE = "info.pickle"
@@ -223,9 +223,9 @@ def write_record(
     train_state = None
     if poisoned_train is not None:
         train_state = _write_state(folder, bd_train, poisoned_train, n_train)
-        torch.save(train_state["poison_indicator"], folder / "train_poison_index_list.pickle")
+        save_torch(train_state["poison_indicator"], folder / "train_poison_index_list.pickle")
         train_state["original_index_array"] = train_indices.numpy()
-    torch.save(dict(info), folder / INFO_FILE)
+    save_torch(dict(info), folder / INFO_FILE)
     result = {
         "model_name": model_name,
         "num_classes": num_classes,
@@ -236,7 +236,7 @@ def write_record(
         "bd_train": train_state,
         "bd_test": _write_state(folder, bd_test, poisoned_test, n_test),
     }
-    torch.save(result, folder / RESULT_FILE)
+    save_torch(result, folder / RESULT_FILE)
 
 
 def write_defense_result(
@@ -245,7 +245,7 @@ def write_defense_result(
     """Write a repaired model as BackdoorBench's defense_result.pt."""
     with whole_file(path) as partial:
         result = {"model_name": model_name, "num_classes": num_classes, "model": _on_cpu(state_dict)}
-        torch.save(result, partial)
+        save_torch(result, partial)
 
 
 # Reading what may be hostile: the pickle

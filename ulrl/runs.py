@@ -172,7 +172,8 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     ):
         if given is not None and given != recorded:
             raise UserError(
-                f"--{flag} {given} contradicts the record {record.name}, which says {recorded}; leave it out"
+                f"--{flag} {given} (or that key in YAML) contradicts the record {record.name}, "
+                f"which says {recorded}; leave it out"
             )
     spec = dataset_spec(record.dataset)
     device = pick_device(run.device)
@@ -181,12 +182,13 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     train, clean_test = load_dataset(record.dataset, run.dataset_path)
     clean_test = clean_test.to(device)
     index = _clean_index(run, len(train))
+    if len(index) < 2:
+        raise UserError("one clean sample is too few to train on; raise --ratio, or list more in --index")
     clean = train.subset(index).to(device)
     del train  # the defender has no more than the clean samples
     monitor = Monitor(lambda m: _test_row(judge(m, clean_test, poisoned_test, defense.amp)), run.eval_every, bar=bar)
     monitor.seconds["load"] = time.perf_counter() - start
 
-    (record.folder / "defense").mkdir(exist_ok=True)
     final = record.folder / "defense" / defense.name
     with whole_folder(final, overwrite=True) as folder, _log_file(folder):
         log.info("%s on %s: %d clean samples", defense.name, record.name, len(clean))
@@ -232,7 +234,7 @@ def pick_device(name: str) -> torch.device:
     first = name.split(",")[0]  # BackdoorBench's "cuda:0,1" asks for several; one is used here
     try:
         device = torch.device(first)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()  # the meta device has no data to give
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: there is no such device on this machine; use --device cpu or auto") from None
     return device
@@ -364,10 +366,17 @@ def _git_commit() -> str | None:
     return None
 
 
+class _LogFile(logging.FileHandler):
+    """Lets a full disk end the run, where logging would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 @contextlib.contextmanager
 def _log_file(folder: Path) -> Iterator[None]:
     """Copy what is logged inside the block to `<time>.log` in `folder`."""
-    handler = logging.FileHandler(folder / f"{datetime.now():%Y_%m_%d_%H_%M_%S}.log")
+    handler = _LogFile(folder / f"{datetime.now():%Y_%m_%d_%H_%M_%S}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("ulrl")
     logger.addHandler(handler)

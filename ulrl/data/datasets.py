@@ -113,6 +113,9 @@ def _read_mnist(folder: Path) -> tuple[Split, Split]:
         (_read_idx(folder, f"{part}-images-idx3-ubyte"), _read_idx(folder, f"{part}-labels-idx1-ubyte"))
         for part in ("train", "t10k")
     )
+    for images, labels in (train, test):
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max(initial=0) > 9:
+            raise UserError(f"{folder} does not hold 28x28 images with as many labels from 0 to 9; remove it")
     return train, test
 
 
