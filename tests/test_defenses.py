@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,15 @@ def test_clean_model_is_not_harmed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result["before"]["asr"] is None
     assert result["der"] is None
     assert result["after"]["acc"] > result["before"]["acc"] - 0.06
+
+
+@pytest.mark.parametrize("link", ["defense", "defense/ulrl"])
+def test_nothing_is_written_through_a_link_of_the_record(link: str, backdoored: Record, tmp_path: Path) -> None:
+    record, outside = tmp_path / "record", tmp_path / "outside"
+    shutil.copytree(backdoored.folder, record, ignore=shutil.ignore_patterns("defense"))
+    outside.mkdir()
+    (record / link).parent.mkdir(exist_ok=True)
+    (record / link).symlink_to(outside)
+    with pytest.raises(UserError, match="is a link"):
+        run_defense(*_order("ulrl", load_record(record)), bar=False)
+    assert not any(outside.iterdir())

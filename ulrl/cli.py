@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from ulrl.attacks.base import ATTACKS
 from ulrl.data.datasets import SPECS
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
-from ulrl.files import home
+from ulrl.files import PACKAGE_ROOT, home
 from ulrl.models import MODELS
 from ulrl.options import Schema, Settings
 from ulrl.report.tables import result_table
@@ -68,7 +69,7 @@ def _command(arguments: list[str]) -> None:
 def _attack(name: str, argv: Sequence[str]) -> None:
     cls = ATTACKS[name]
     schema = Schema(AttackRun, cls, TrainOptions)
-    flags = schema.flags(argv, f"attack/{name}.py", cls.__doc__ or "")
+    flags = schema.flags(argv, f"attack/{name}.py", inspect.getdoc(cls) or "")
     dataset = flags.get("dataset", AttackRun.dataset)
     settings = _merge(
         schema, flags,
@@ -82,7 +83,7 @@ def _attack(name: str, argv: Sequence[str]) -> None:
 def _defense(name: str, argv: Sequence[str]) -> None:
     cls = DEFENSES[name]
     schema = Schema(DefenseRun, cls)
-    flags = schema.flags(argv, f"defense/{name}.py", cls.__doc__ or "")
+    flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(cls) or "")
     given = _yaml_layer(schema, flags.get("yaml_path"), None)
     record = find_record(flags.get("result_file", given[1].get("result_file", "")))
     if not given[1]:
@@ -94,8 +95,8 @@ def _defense(name: str, argv: Sequence[str]) -> None:
 
 def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:
     """The options of the file that the user named, or of the usual one where that exists."""
-    if given is None and usual is not None and (home() / usual).is_file():
-        given = str(home() / usual)
+    if given is None and usual is not None:
+        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
     return (given, schema.yaml(given)) if given else ("", {})
 
 

@@ -18,7 +18,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
 def home() -> Path:
-    """The folder that holds `record/`, `data/` and `config/`.
+    """The folder that holds `record/` and `data/`.
 
     `$ULRL_HOME` when set; else the checkout that this package lies in, so that a script works from
     any directory; else, for an installed package, the current directory.
@@ -29,9 +29,11 @@ def home() -> Path:
 
 
 def find_input(path: str | os.PathLike[str]) -> Path:
-    """A file or folder named by the user: relative to the current directory, else to `home()`."""
+    """A file or folder named by the user: relative to the current directory, else to `home()`, else to
+    the checkout, which has `config/`."""
     given = Path(path).expanduser()
-    return given if given.is_absolute() or os.path.exists(given) else home() / given
+    places = [given] if given.is_absolute() else [given, home() / given, PACKAGE_ROOT / given]
+    return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
 
 
 @contextlib.contextmanager
@@ -58,20 +60,27 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         os.replace(replaced, folder)
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     new_parent = not folder.parent.exists()
     partial.mkdir(parents=True)
     try:
         yield partial
         if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
             os.replace(folder, replaced)
         os.replace(partial, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if new_parent and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_torch(content: Any, path: Path) -> None:

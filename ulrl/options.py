@@ -206,4 +206,5 @@ def _metavar(f: dataclasses.Field[Any], kind: Any) -> str:
 
 def _help(f: dataclasses.Field[Any]) -> str:
     default = "none" if f.default is None or f.default == () else f.default
-    return f"{f.metadata['help']} (default: {default}, {f.metadata['source']})".replace("%", "%%")
+    origin = "required" if f.default == "" else f"default: {default}, {f.metadata['source']}"
+    return f"{f.metadata['help']} ({origin})".replace("%", "%%")

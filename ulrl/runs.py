@@ -69,7 +69,7 @@ class AttackRun(RunOptions):
 class DefenseRun(RunOptions):
     """Which record to repair, and with how many clean samples."""
 
-    result_file: str = option("", "the record: its name under record/, or the path of its folder", source="required")
+    result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
     yaml_path: str | None = option(None, "options file; else config/defense/<defense>/<dataset of the record>.yaml")
     dataset: str | None = option(None, "data set; the record's, another is an error")
     model: str | None = option(None, "architecture; the record's, another is an error")
@@ -190,6 +190,9 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     monitor.seconds["load"] = time.perf_counter() - start
 
     final = record.folder / "defense" / defense.name
+    for place in (final.parent, final):
+        if place.is_symlink():  # a downloaded record could lead the writing anywhere
+            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
     with whole_folder(final, overwrite=True) as folder, _log_file(folder):
         log.info("%s on %s: %d clean samples", defense.name, record.name, len(clean))
         before = _timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)

@@ -31,10 +31,10 @@ class ULRL(Defense):
     3. Relearn, from the original weights: draw the suspicious rows anew, then fine-tune every weight on
        cross-entropy + `relearn_alpha` * sum of cos(row, original row) over the suspicious rows.
 
-    Defaults are the released configuration for CIFAR-10. Where the release differs by accident (see
-    the project's notes on it) this does what the paper says: of too many suspicious rows the highest z
-    are kept rather than the lowest class numbers, the median of an even count is not the lower one,
-    each step runs one forward pass, and no step is lost to a loss scaler.
+    Defaults are the released configuration for CIFAR-10. Where the release departs from the
+    paper by accident, this does not: of too many suspicious rows the highest z are kept rather than the
+    lowest class numbers, the median of an even count is not the lower one, each step runs one forward
+    pass, and no step is lost to a loss scaler.
 
     A backdoor without one target class (all-to-all) leaves no single row that stands out.
     """

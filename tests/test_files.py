@@ -1,0 +1,78 @@
+"""Written whole or not at all, whatever a killed run left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ulrl.errors import UserError
+from ulrl.files import find_input, home, whole_file, whole_folder
+
+
+def write(folder: Path, text: str, **how: bool) -> None:
+    with whole_folder(folder, overwrite=how.get("overwrite", False)) as partial:
+        (partial / "a.txt").write_text(text)
+        if how.get("fail"):
+            raise OSError("disk full")
+
+
+def test_folder_appears_when_the_block_ends_well(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "x"
+    with pytest.raises(OSError, match="disk full"):
+        write(folder, "1", fail=True)
+    assert not any(tmp_path.iterdir()), "the parent that was made for it is gone too"
+    write(folder, "1")
+    assert (folder / "a.txt").read_text() == "1"
+    with pytest.raises(UserError, match="--overwrite"):
+        write(folder, "2")
+    with pytest.raises(OSError, match="disk full"):
+        write(folder, "2", overwrite=True, fail=True)
+    assert (folder / "a.txt").read_text() == "1"
+    write(folder, "2", overwrite=True)
+    assert (folder / "a.txt").read_text() == "2"
+    assert [p.name for p in folder.parent.iterdir()] == ["x"]
+
+
+def test_leftovers_of_a_killed_run_are_cleared_or_recovered(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "x", tmp_path / "outside"
+    write(folder, "old")
+    (tmp_path / ".x.partial").mkdir()
+    (tmp_path / ".x.partial" / "half").write_text("")
+    folder.rename(tmp_path / ".x.replaced")  # killed between the two renames
+    with pytest.raises(UserError, match="--overwrite"):
+        write(folder, "new")
+    assert (folder / "a.txt").read_text() == "old"
+    outside.mkdir()
+    (tmp_path / ".x.partial").rename(tmp_path / "junk")
+    (tmp_path / ".x.partial").symlink_to(outside)
+    write(folder, "new", overwrite=True)
+    assert [p.name for p in folder.iterdir()] == ["a.txt"]
+    assert not any(outside.iterdir())
+
+
+def test_file_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), whole_file(path) as partial:
+        partial.write_text("half")
+        raise OSError("full")
+    assert path.read_text() == "old"
+    with whole_file(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_input_is_looked_for_here_then_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "both.yaml").write_text("")
+    (there / "one.yaml").write_text("")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("ULRL_HOME", str(there))
+    assert home() == there
+    assert find_input("both.yaml").resolve() == here / "both.yaml"
+    assert find_input("./one.yaml").resolve() == there / "one.yaml"
+    assert find_input(there / "one.yaml") == there / "one.yaml"
