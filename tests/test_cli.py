@@ -57,16 +57,6 @@ def test_unknown_command_is_one_line(arguments: list[str], capsys: pytest.Captur
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_help_tells_every_default_and_its_source(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        defense_main("ulrl", ["--help"])
-    assert left.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "(default: 0.7, ULRL release)" in said
-    assert "(required)" in said
-    assert said.count("default:") >= 25
-
-
 def test_a_record_may_be_named_by_its_path(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = (tiny_home / "record" / "tiny").rename(tiny_home.parent / "downloads")
     with pytest.raises(SystemExit) as left:

@@ -339,7 +339,7 @@ def test_help_shows_each_flag_with_default_and_source(method: str, capsys: pytes
     for key, f in ALL[method].fields.items():
         assert f"--{key} " in said
         default = "none" if f.default is None or f.default == () else f.default
-        assert f"(default: {default}, {f.metadata['source']})" in said
+        assert ("(required)" if default == "" else f"(default: {default}, {f.metadata['source']})") in said
 
 
 def test_defaults_lie_within_their_own_bounds() -> None:
