@@ -58,7 +58,7 @@ def test_defense_repairs_a_backdoor(name: str, backdoored: Record) -> None:
     folder, result = run_defense(*_order(name, backdoored), bar=False)
     assert result["before"]["asr"] > 0.95
     assert result["after"]["asr"] < 0.1
-    assert result["after"]["acc"] > result["before"]["acc"] - 0.06
+    assert result["after"]["acc"] > result["before"]["acc"] - 0.08
     assert result["after"]["ra"] > 0.4
     assert result["der"] > 0.9
     assert result["flagged"][0] == TARGET
@@ -187,7 +187,7 @@ def test_clean_model_is_not_harmed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     _, result = run_defense(*_order("ulrl", load_record(folder)), bar=False)
     assert result["before"]["asr"] is None
     assert result["der"] is None
-    assert result["after"]["acc"] > result["before"]["acc"] - 0.06
+    assert result["after"]["acc"] > result["before"]["acc"] - 0.08
 
 
 @pytest.mark.parametrize("link", ["defense", "defense/ulrl"])
