@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from ulrl.data.batches import Batches
 from ulrl.training import Monitor, fit, make_scheduler
+
+log = logging.getLogger(__name__)
 
 MAD_TO_SIGMA = 1.4826  # a normal distribution's deviation is 1.4826 times its MAD
 
@@ -54,6 +57,8 @@ def unlearn(
         monitor, "unlearn", amp=amp, ascend=True, clip=clip, stop=lambda accuracy: accuracy <= threshold,
     )  # fmt: skip
     last = monitor.history[-1]
+    if not reached:
+        log.warning("unlearning ended at an accuracy of %.3f, above the threshold %g", last["acc"], threshold)
     return Unlearned(copied, reached, last["epoch"], last["acc"])
 
 
