@@ -36,7 +36,7 @@ if [[ ! -x .venv/bin/python || "$(cat .venv/made 2>/dev/null)" != "$made" ]]; th
     echo "ulrl: making .venv, $made"
     "$python" -m venv --clear .venv || fail "$python could not make .venv"
     echo "$made" >.venv/made
-elif cat ".venv/installed-$extra" .venv/installed-test 2>/dev/null | grep -qx "$stamp"; then # test has all of base
+elif grep -qsx "$stamp" ".venv/installed-$extra" || grep -qsx "$stamp" .venv/installed-test; then # test has all of base
     exit 0
 fi
 rm -f .venv/installed-* .venv/pip.log

@@ -163,3 +163,21 @@ def test_global_generator_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     before = torch.random.get_rng_state()
     make(ATTACKS["badnet"](), tmp_path, monkeypatch)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_badnet_mask_of_another_size_stays_crisp(tmp_path: Path) -> None:
+    mask = Image.new("RGB", (32, 32))
+    mask.paste((255, 255, 255), (29, 29, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    attack = ATTACKS["badnet"](patch_mask_path=str(tmp_path / "mask.png"))
+    poisoned = attack.poison(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), train=True)
+    assert poisoned.unique().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.3, 0.7])
+def test_blending_a_picture_with_itself_changes_nothing(alpha: float, tmp_path: Path) -> None:
+    greys = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    Image.fromarray(greys.numpy()).save(tmp_path / "greys.png")
+    attack = ATTACKS["blended"](attack_trigger_img_path=str(tmp_path / "greys.png"), attack_train_blended_alpha=alpha)
+    difference = attack.poison(greys[None, None], train=True).int() - greys
+    assert (difference == 0).sum() >= 250, "up to double precision"

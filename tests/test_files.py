@@ -76,3 +76,12 @@ def test_input_is_looked_for_here_then_at_home(tmp_path: Path, monkeypatch: pyte
     assert find_input("both.yaml").resolve() == here / "both.yaml"
     assert find_input("./one.yaml").resolve() == there / "one.yaml"
     assert find_input(there / "one.yaml") == there / "one.yaml"
+
+
+def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    with whole_folder(folder, overwrite=False) as partial:
+        (partial / "a.txt").write_text("first")
+        with pytest.raises(UserError, match="another run"):
+            write(folder, "second", overwrite=True)
+    assert (folder / "a.txt").read_text() == "first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import shutil
@@ -52,7 +53,7 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; it becomes `folder` when the block ends well.
 
     Raises:
-        UserError: `folder` exists and `overwrite` is false.
+        UserError: `folder` exists and `overwrite` is false, or another run is writing it.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
@@ -60,9 +61,8 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         os.replace(replaced, folder)
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
-    _remove(partial)
     new_parent = not folder.parent.exists()
-    partial.mkdir(parents=True)
+    lock = _claim(partial, folder)
     try:
         yield partial
         if folder.exists():
@@ -71,9 +71,27 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         os.replace(partial, folder)
         _remove(replaced)
     finally:
+        os.close(lock)
         _remove(partial)
         if new_parent and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
+
+
+def _claim(partial: Path, folder: Path) -> int:
+    """Make `partial` afresh and lock it, so that a second run of the same name cannot write into it."""
+    if partial.is_dir() and not partial.is_symlink():
+        left = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free when its run was killed
+        except BlockingIOError:
+            raise UserError(f"another run is writing {folder}; wait for it, or choose another name") from None
+        finally:
+            os.close(left)
+    _remove(partial)
+    partial.mkdir(parents=True)
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def _remove(path: Path) -> None:

@@ -363,6 +363,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _git_commit() -> str | None:
+    if not (PACKAGE_ROOT / ".git").exists():  # installed: a repository around it would be another one
+        return None
     command = ["git", "-C", str(PACKAGE_ROOT), "rev-parse", "--short", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
