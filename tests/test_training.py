@@ -139,6 +139,11 @@ def test_model_width_and_channels_are_read_off_the_weights() -> None:
     assert torch.equal(narrow.eval()(x), loaded.eval()(x))
     with pytest.raises(UserError, match="do not fit"):
         load_model("preactresnet18", 10, narrow.state_dict())
+    with pytest.raises(UserError, match="1 channels, not of 3"):
+        load_model("preactresnet18", 43, narrow.state_dict(), channels=3)
+    hostile = narrow.state_dict() | {"conv1.weight": torch.zeros(1, 1, 1, 1).expand(2_000_000, 1, 3, 3)}
+    with pytest.raises(UserError, match="do not fit"):
+        load_model("preactresnet18", 43, hostile)
     with pytest.raises(UserError, match="conv1"):
         load_model("preactresnet18", 10, {"a": torch.zeros(1)})
     with pytest.raises(UserError, match="did you mean 'preactresnet18'"):
@@ -152,8 +157,8 @@ def test_streams_are_independent_of_each_other() -> None:
 
 def test_judging_by_epoch_is_timed_apart_and_not_shown_to_the_loop(digits: tuple[ImageSet, ImageSet]) -> None:
     calls = []
-    monitor = Monitor(lambda model: calls.append(model) or {"test_asr": 0.5}, eval_every=2)
+    monitor = Monitor(lambda stage, epoch, model: calls.append((stage, epoch)), eval_every=2)
     train(digits[0].subset(torch.arange(128)), TrainOptions(epochs=4, batch_size=64), monitor)
-    assert len(calls) == 2
-    assert [row.get("test_asr") for row in monitor.history] == [None, 0.5, None, 0.5]
+    assert calls == [("train", 2), ("train", 4)]
+    assert [set(row) for row in monitor.history] == [{"stage", "epoch", "loss", "acc"}] * 4
     assert set(monitor.seconds) == {"train", "judge"}

@@ -52,6 +52,9 @@ USAGE = """usage: ulrl list
 Add --help after a name for its options."""
 
 
+OTHER_NAMES = {"target_label": "attack_target", "poison_rate": "pratio", "target_type": "attack_label_trans"}
+
+
 def _command(arguments: list[str]) -> None:
     match arguments:
         case ["list"]:
@@ -71,11 +74,14 @@ def _attack(name: str, argv: Sequence[str]) -> None:
     schema = Schema(AttackRun, cls, TrainOptions)
     flags = schema.flags(argv, f"attack/{name}.py", inspect.getdoc(cls) or "")
     dataset = flags.get("dataset", AttackRun.dataset)
-    settings = _merge(
-        schema, flags,
+    files = (
         _yaml_layer(schema, flags.get("yaml_path"), Path("config/attack/prototype") / f"{dataset}.yaml"),
         _yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml"),
-    )  # fmt: skip
+    )
+    for other, ours in OTHER_NAMES.items():  # in a defense's file they only describe the record
+        if any(other in layer for layer in (flags, *(values for _, values in files))):
+            raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
+    settings = _merge(schema, flags, *files)
     folder, result = run_attack(settings.build(cls), settings.build(AttackRun), settings.build(TrainOptions))
     _report(folder, result)
 

@@ -166,6 +166,8 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         raise UserError(f"{folder} is not a folder; name the folder of a record, the one with {RESULT_FILE}")
     if not file.is_file():
         raise UserError(f"{file} is missing: not a record, or an attack that did not finish; run it again")
+    for name in (RESULT_FILE, INFO_FILE, "result.json"):
+        _real_path(folder / name, folder.resolve())
     raw = _load(file)
     _need(file, type(raw) is dict, "holds no dict")
     missing = [key for key in KEYS if key not in raw]
@@ -386,8 +388,9 @@ def _read_state(file: Path, key: str, raw: Any, num_classes: int) -> PoisonState
         isinstance(exposed, _Array)
         and exposed.values.ndim == 1
         and (exposed.values.dtype.kind in "iu" or exposed.values.size == 0)
-        and bool(((exposed.values >= 0) & (exposed.values < len(indicator.values))).all()),
-        f"original_index_array of {key} is not an array of positions in the split",
+        and bool(((exposed.values >= 0) & (exposed.values < len(indicator.values))).all())
+        and len(np.unique(exposed.values)) == len(exposed.values),
+        f"original_index_array of {key} is not an array of different positions in the split",
     )
     shown, poisoned = exposed.values.astype(np.int64), indicator.values.astype(bool)
     indices = shown[poisoned[shown]]
@@ -449,11 +452,17 @@ def _attack_name(folder: Path) -> str | None:
 # Images and writing
 
 
-def _read_png(file: Path, inside: Path, spec: DatasetSpec) -> torch.Tensor:
-    """uint8 [C, H, W]."""
+def _real_path(file: Path, inside: Path) -> Path:
+    """Where `file` really lies; refused when that is not `inside`."""
     real = Path(os.path.realpath(file))
     if not real.is_relative_to(inside):
-        raise UserError(f"{file} leads out of the record, to {real}, and was not opened; put the image itself there")
+        raise UserError(f"{file} leads out of the record, to {real}, and was not opened; put the file itself there")
+    return real
+
+
+def _read_png(file: Path, inside: Path, spec: DatasetSpec) -> torch.Tensor:
+    """uint8 [C, H, W]."""
+    real = _real_path(file, inside)
     if not os.path.isfile(real):
         raise UserError(f"{file} is missing; unpack the whole record again")
     try:

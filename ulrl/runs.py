@@ -34,7 +34,7 @@ from ulrl.options import option
 from ulrl.record import RESULT_FILE, Record, load_record, write_defense_result, write_record
 from ulrl.report import plots
 from ulrl.seeds import generator
-from ulrl.training import Monitor, TrainOptions, fit, judge
+from ulrl.training import EVAL_BATCH, Monitor, TrainOptions, fit, judge
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +119,8 @@ def run_attack(
         poisoned_test = _poison(attack, clean_test, judged, judged, train=False).to(device)
         clean_test = clean_test.to(device)
         model = build_model(run.model, spec.num_classes, spec.channels, run.width, seed=run.random_seed).to(device)
-        monitor = Monitor(
-            lambda m: _test_row(judge(m, clean_test, poisoned_test, training.amp)), run.eval_every, bar=bar
-        )
+        course = _Course(clean_test, poisoned_test, training.amp)
+        monitor = Monitor(course, run.eval_every, bar=bar)
         log.info("%s: %d of %d training images poisoned", attack.name, len(chosen), len(train))
         monitor.seconds["load"] = time.perf_counter() - start
 
@@ -142,7 +141,7 @@ def run_attack(
             poisoned_train=poisoned_train if len(chosen) else None, n_train=n_train, train_indices=kept,
             info=_info(attack, run, training, name),
         )  # fmt: skip
-        history = pd.DataFrame(monitor.history)
+        history = course.with_history(monitor.history)
         _attack_df(history, after, len(batches)).to_csv(folder / "attack_df.csv")
         if len(judged):
             _preview(folder / "trigger_preview.png", clean_test, poisoned_test)
@@ -178,7 +177,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     spec = dataset_spec(record.dataset)
     device = pick_device(run.device)
     poisoned_test = record.poisoned_test(spec).to(device)
-    model = load_model(record.model_name, record.num_classes, record.state_dict).to(device)
+    model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
     train, clean_test = load_dataset(record.dataset, run.dataset_path)
     clean_test = clean_test.to(device)
     index = _clean_index(run, len(train))
@@ -186,7 +185,8 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         raise UserError("one clean sample is too few to train on; raise --ratio, or list more in --index")
     clean = train.subset(index).to(device)
     del train  # the defender has no more than the clean samples
-    monitor = Monitor(lambda m: _test_row(judge(m, clean_test, poisoned_test, defense.amp)), run.eval_every, bar=bar)
+    course = _Course(clean_test, poisoned_test, defense.amp)
+    monitor = Monitor(course, run.eval_every, bar=bar)
     monitor.seconds["load"] = time.perf_counter() - start
 
     final = record.folder / "defense" / defense.name
@@ -205,7 +205,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
             folder / "defense_result.pt", model_name=record.model_name, num_classes=record.num_classes,
             state_dict=repair.model.state_dict(),
         )  # fmt: skip
-        history = pd.DataFrame(monitor.history)
+        history = course.with_history(monitor.history)
         history.to_csv(folder / f"{defense.name}_df.csv", index=False)
         (folder / "index.txt").write_text("".join(f"{i}\n" for i in index.tolist()))
         for table, frame in repair.tables.items():
@@ -237,8 +237,10 @@ def pick_device(name: str) -> torch.device:
     first = name.split(",")[0]  # BackdoorBench's "cuda:0,1" asks for several; one is used here
     try:
         device = torch.device(first)
-        torch.empty(1, device=device).tolist()  # the meta device has no data to give
-    except (RuntimeError, AssertionError, NotImplementedError):
+        if device.type not in EVAL_BATCH:
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: there is no such device on this machine; use --device cpu or auto") from None
     return device
 
@@ -294,6 +296,20 @@ def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
     if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
         raise UserError(f"--index {file}: give different indices, each from 0 to {size - 1}, at least one")
     return torch.tensor(index, dtype=torch.int64)
+
+
+class _Course:
+    """The test figures of the epochs that were judged. They are kept here, where no method can look."""
+
+    def __init__(self, clean: ImageSet, poisoned: PoisonedSet, amp: bool) -> None:
+        self._judge = lambda model: judge(model, clean, poisoned, amp)
+        self._rows: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def __call__(self, stage: str, epoch: int, model: nn.Module) -> None:
+        self._rows[stage, epoch] = _test_row(self._judge(model))
+
+    def with_history(self, history: list[dict[str, Any]]) -> pd.DataFrame:
+        return pd.DataFrame([row | self._rows.get((row["stage"], row["epoch"]), {}) for row in history])
 
 
 def _timed_judge(monitor: Monitor, model: nn.Module, clean: ImageSet, poisoned: PoisonedSet, amp: bool) -> Judgement:

@@ -49,14 +49,13 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
 class Monitor:
     """Progress out of a run: a bar per stage, a history row per epoch, the seconds of each stage.
 
-    `judge`, called every `eval_every` epochs when that is not 0, maps the model to figures for the
-    history (test_acc, test_asr, test_ra). They go into `history` alone: the code that reports its
-    epochs here never sees them.
+    `judge` is called with (stage, epoch, model) every `eval_every` epochs, when that is not 0. It keeps
+    its figures to itself: nothing measured on the test sets can be reached from here.
     """
 
     def __init__(
         self,
-        judge: Callable[[nn.Module], dict[str, Any]] | None = None,
+        judge: Callable[[str, int, nn.Module], None] | None = None,
         eval_every: int = 0,
         *,
         bar: bool = False,
@@ -76,13 +75,12 @@ class Monitor:
         spent = time.perf_counter() - start - (self.seconds.get("judge", 0.0) - judged)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
-    def _epoch(self, stage: str, model: nn.Module, row: dict[str, Any]) -> None:
-        row = {"stage": stage, **row}
-        if self._judge and self._every and row["epoch"] % self._every == 0:
+    def _epoch(self, stage: str, epoch: int, model: nn.Module, figures: dict[str, float]) -> None:
+        self.history.append({"stage": stage, "epoch": epoch, **figures})
+        if self._judge and self._every and epoch % self._every == 0:
             start = time.perf_counter()
-            row |= self._judge(model)
+            self._judge(stage, epoch, model)
             self.seconds["judge"] = self.seconds.get("judge", 0.0) + time.perf_counter() - start
-        self.history.append(row)
 
 
 class Stage:
@@ -100,7 +98,7 @@ class Stage:
     def epoch(self, model: nn.Module, epoch: int, **figures: float) -> None:
         """Epoch `epoch` (from 1) is done, with its figures."""
         self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
-        self._monitor._epoch(self._name, model, {"epoch": epoch, **figures})
+        self._monitor._epoch(self._name, epoch, model, figures)
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def fit(
     model.train()
     with monitor.stage(stage, epochs * len(batches)) as progress:
         for epoch in range(1, epochs + 1):
-            totals = torch.zeros(3, device=device)  # loss, hits, samples
+            totals, count = torch.zeros(2, device=device), 0  # loss and hits; samples
             for x, y in batches:
                 with autocast(device, amp):
                     logits = model(x)
@@ -191,10 +189,11 @@ def fit(
                 optimizer.step()
                 with torch.no_grad():
                     hits = (logits.argmax(1) == y).sum()
-                    totals += torch.stack([loss.detach().float() * len(y), hits, totals.new_tensor(len(y))])
+                    totals += torch.stack([loss.detach().float() * len(y), hits])
+                count += len(y)
                 progress.step()
             scheduler.step()
-            loss_sum, hit_sum, count = totals.tolist()
+            loss_sum, hit_sum = totals.tolist()
             loss_mean, accuracy = loss_sum / count, hit_sum / count
             if not math.isfinite(loss_mean):
                 raise UserError(

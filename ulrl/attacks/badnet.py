@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
 from ulrl.attacks.base import Attack, register
 from ulrl.attacks.images import read_image
@@ -35,7 +36,8 @@ class BadNet(Attack):
     def _patch(self, images: torch.Tensor) -> torch.Tensor:
         channels, height, width = images.shape[1:]
         if self.patch_mask_path:
-            return read_image(self.patch_mask_path, "--patch_mask_path", channels, height, width)
+            nearest = Image.Resampling.NEAREST  # a blurred edge would turn transparent pixels opaque
+            return read_image(self.patch_mask_path, "--patch_mask_path", channels, height, width, nearest)
         patch = torch.zeros(channels, height, width, dtype=torch.uint8)
         patch[:, -self.patch_size :, -self.patch_size :] = 255
         return patch

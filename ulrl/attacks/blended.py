@@ -42,5 +42,6 @@ class Blended(Attack):
 
     def poison(self, images: torch.Tensor, *, train: bool) -> torch.Tensor:
         alpha = self.attack_train_blended_alpha if train else self.attack_test_blended_alpha
-        picture = self._picture(*images.shape[1:]).to(images.device, torch.float32)
-        return images.float().mul_(1 - alpha).add_(picture, alpha=alpha).clamp_(0, 255).to(torch.uint8)
+        # float64 and a millionth: rounding must not cut a whole number to the one before
+        picture = self._picture(*images.shape[1:]).to(images.device, torch.float64)
+        return images.double().mul_(1 - alpha).add_(picture, alpha=alpha).add_(1e-6).clamp_(0, 255).to(torch.uint8)

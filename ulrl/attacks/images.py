@@ -10,7 +10,9 @@ from ulrl.errors import UserError
 from ulrl.files import find_input
 
 
-def read_image(path: str, flag: str, channels: int, height: int, width: int) -> torch.Tensor:
+def read_image(
+    path: str, flag: str, channels: int, height: int, width: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> torch.Tensor:
     """The image at `path`, resized: uint8 [channels, height, width].
 
     Raises:
@@ -19,7 +21,7 @@ def read_image(path: str, flag: str, channels: int, height: int, width: int) -> 
     file = find_input(path)
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height)))
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height), resample))
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{flag}: cannot read the image {file} ({error})") from None
     return torch.from_numpy(pixels.copy()).reshape(height, width, channels).permute(2, 0, 1)

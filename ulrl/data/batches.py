@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -12,10 +13,15 @@ from ulrl.data.imageset import DatasetSpec, ImageSet
 
 def normalise(images: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
     """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, channels last in memory."""
-    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1)
-    x = images.to(torch.float32, memory_format=torch.channels_last)
-    return x.sub_(mean * 255).div_(std * 255)
+    mean, std = _statistics(spec, images.device)
+    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+@functools.cache
+def _statistics(spec: DatasetSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation for pixels in [0, 255]: float32 [1, C, 1, 1], copied to the device once."""
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) * 255 for values in (spec.mean, spec.std))
+    return mean, std
 
 
 def augment(images: torch.Tensor, spec: DatasetSpec, generator: torch.Generator) -> torch.Tensor:

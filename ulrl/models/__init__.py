@@ -28,19 +28,31 @@ def build_model(name: str, num_classes: int, channels: int = 3, width: int = WID
         return MODELS[name](num_classes, channels, width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def load_model(name: str, num_classes: int, state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
+def load_model(
+    name: str, num_classes: int, state_dict: Mapping[str, torch.Tensor], channels: int | None = None
+) -> nn.Module:
     """A network with the given weights, loaded strictly; its width and input channels are read off them.
 
+    The weights may be a stranger's, so their shapes are compared before memory is taken for a network.
+
     Raises:
-        UserError: unknown name, or weights of another architecture.
+        UserError: unknown name, weights of another architecture, or not of `channels` where those are given.
     """
     first = state_dict.get("conv1.weight")
     if first is None or first.ndim != 4:
         raise UserError(f"the weights are not those of {name}: no convolution named 'conv1.weight'")
-    model = build_model(name, num_classes, channels=first.shape[1], width=first.shape[0])
-    try:
-        model.load_state_dict(dict(state_dict), strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the weights do not fit {name} with {num_classes} classes: {reason}") from None
+    if channels is not None and first.shape[1] != channels:
+        raise UserError(f"the weights are for images of {first.shape[1]} channels, not of {channels}")
+    size = {"channels": first.shape[1], "width": first.shape[0]}
+    with torch.device("meta"):
+        expected = build_model(name, num_classes, **size).state_dict()
+    wrong = [k for k in {**expected, **state_dict} if _shape(expected.get(k)) != _shape(state_dict.get(k))]
+    if wrong:
+        raise UserError(f"the weights do not fit {name} with {num_classes} classes: see {', '.join(sorted(wrong)[:4])}")
+    model = build_model(name, num_classes, **size)
+    model.load_state_dict(dict(state_dict), strict=True)
     return model
+
+
+def _shape(weight: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if weight is None else tuple(weight.shape)
