@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from manners import refused
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main
@@ -71,16 +72,6 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
         return work()
     except UserError as error:
         return str(error)
-
-
-def refused(work: Callable[[], object], *words: str) -> None:
-    """`work` ends in a UserError of one line that has all `words`."""
-    with pytest.raises(UserError) as caught:
-        work()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 # What wins

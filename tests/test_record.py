@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manners import refused
 from PIL import Image
 
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
@@ -27,16 +28,6 @@ from ulrl.record import RESULT_FILE, PoisonState, load_record, write_defense_res
 SPEC = DatasetSpec("toy", peer.CLASSES, 3, peer.HEIGHT, peer.WIDTH, (0.5,) * 3, (0.25,) * 3)
 GRAY = replace(SPEC, channels=1, mean=(0.5,), std=(0.25,))
 WEIGHTS = {"fc.weight": torch.arange(8.0).view(4, 2), "fc.bias": torch.zeros(4)}
-
-
-def refused(work: Callable[[], object], *words: str) -> None:
-    """`work` ends in a UserError of one line that has all `words`."""
-    with pytest.raises(UserError) as caught:
-        work()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 def chw(images: np.ndarray) -> torch.Tensor:

@@ -49,8 +49,8 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
 class Monitor:
     """Progress out of a run: a bar per stage, a history row per epoch, the seconds of each stage.
 
-    `judge` is called with (stage, epoch, model) every `eval_every` epochs, when that is not 0. It keeps
-    its figures to itself: nothing measured on the test sets can be reached from here.
+    `judge` is called with (stage, epoch, model) every `eval_every` epochs, when that is not 0. It returns
+    nothing and keeps its figures, so that `history` never holds one measured on the test sets.
     """
 
     def __init__(

@@ -24,15 +24,14 @@ from ulrl.files import find_input
 from ulrl.registry import nearest
 from ulrl.seeds import generator
 
-_DIGITS = tuple("0123456789")
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 SPECS = {
     spec.name: spec
     for spec in (
-        DatasetSpec("digits", 10, 1, 8, 8, (0.305,), (0.376,), crop_padding=1, class_names=_DIGITS),
-        DatasetSpec("mnist", 10, 1, 28, 28, (0.5,), (0.5,), class_names=_DIGITS),
+        DatasetSpec("digits", 10, 1, 8, 8, (0.305,), (0.376,), crop_padding=1),
+        DatasetSpec("mnist", 10, 1, 28, 28, (0.5,), (0.5,)),
         DatasetSpec("fashion_mnist", 10, 1, 28, 28, (0.286,), (0.353,), class_names=_CLOTHES),
         DatasetSpec(
             "cifar10", 10, 3, 32, 32, (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261),
