@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from ulrl.data.batches import Batches
-from ulrl.data.datasets import load_dataset
+from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import build_model, load_model
 from ulrl.seeds import generator, stream_seed
-from ulrl.training import Monitor, TrainOptions, fit, judge, make_scheduler, predict
+from ulrl.training import Monitor, TrainOptions, cross_entropy, fit, judge, make_scheduler, predict
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +47,56 @@ def test_fit_learns_the_digits(options: TrainOptions, digits: tuple[ImageSet, Im
     assert losses[-1] < losses[0]
 
 
-def test_fit_can_ascend_stop_and_be_pulled(digits: tuple[ImageSet, ImageSet]) -> None:
+def test_fit_can_ascend_and_stop(digits: tuple[ImageSet, ImageSet]) -> None:
     monitor, seen = Monitor(), []
     options = TrainOptions(epochs=5, batch_size=64, lr=0.01)
     train(digits[0], options, monitor, ascend=True, clip=20.0, stop=lambda acc: seen.append(acc) or len(seen) == 2)
     assert len(monitor.history) == 2
     assert monitor.history[1]["loss"] > monitor.history[0]["loss"]
     assert seen == [row["acc"] for row in monitor.history]
-    pull = torch.zeros((), requires_grad=True)
-    train(digits[0].subset(torch.arange(64)), TrainOptions(epochs=1), Monitor(), penalty=lambda: 3 * pull)
-    assert pull.grad is not None
-    assert pull.grad.item() == 3
+
+
+def test_fit_takes_another_objective_and_calls_after_each_step(digits: tuple[ImageSet, ImageSet]) -> None:
+    steps, rows = [], []
+
+    def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, right = cross_entropy(model, x, y)
+        rows.append(right.shape)
+        return loss + 100, right
+
+    monitor = Monitor()
+    some = digits[0].subset(torch.arange(128))
+    options = TrainOptions(epochs=1, batch_size=64)
+    train(some, options, monitor, objective=objective, after_step=lambda: steps.append(1))
+    assert monitor.history[0]["loss"] > 100
+    assert len(steps) == 2
+    assert rows == [(64,), (64,)]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sharpness_aware_steps_start_from_the_worst_weights_nearby(adaptive: bool) -> None:
+    """On w^4 / 4 at w = (2, -1): the gradient is taken at w + e, with |e| = rho (SAM) or |e / w| = rho (ASAM)."""
+    weights = torch.tensor([2.0, -1.0])
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data = weights[None].clone()
+    spec = dataset_spec("digits")
+    data = ImageSet(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), spec)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    fit(
+        model, Batches(data, 2), 1, optimizer, make_scheduler(optimizer, "constant", 1), Monitor(), "train",
+        objective=lambda m, x, y: ((m.weight**4).sum() / 4, y == 0), sam_rho=0.1, sam_adaptive=adaptive,
+    )  # fmt: skip
+    gradient = weights**3
+    scale = weights.abs() if adaptive else torch.ones(2)
+    step = 0.1 * scale**2 * gradient / (scale * gradient).norm()
+    assert torch.allclose(model.weight.data[0], weights - (weights + step) ** 3, atol=1e-5)
+
+
+def test_sharpness_aware_training_learns_and_keeps_its_statistics(digits: tuple[ImageSet, ImageSet]) -> None:
+    options = TrainOptions(epochs=3, batch_size=64, lr=0.05)
+    model = train(digits[0], options, Monitor(), sam_rho=0.05)
+    assert (predict(model, digits[1]) == digits[1].labels).double().mean() > 0.8
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_fit_says_when_the_loss_is_not_finite(digits: tuple[ImageSet, ImageSet]) -> None:

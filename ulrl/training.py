@@ -116,6 +116,7 @@ class TrainOptions:
     client_optimizer: str = option("sgd", "optimiser", source="BackdoorBench", choices=OPTIMIZERS)
     sgd_momentum: float = option(0.9, "momentum of sgd", source="BackdoorBench", low=0, high=1)
     wd: float = option(5e-4, "weight decay", source="BackdoorBench", low=0)
+    sam_rho: float = option(0.0, "radius of sharpness-aware minimisation; 0: off", low=0)
     amp: bool = option(True, "bf16 autocast where the device has it")
     random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
 
@@ -143,6 +144,15 @@ def make_scheduler(
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
 
+Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The usual objective: mean cross-entropy (scalar) of logits [B, K], and which were right (bool [B])."""
+    logits = model(x)
+    return F.cross_entropy(logits, y), logits.detach().argmax(1) == y
+
+
 def fit(
     model: nn.Module,
     batches: Batches,
@@ -153,16 +163,21 @@ def fit(
     stage: str,
     *,
     amp: bool = True,
+    objective: Objective = cross_entropy,
     ascend: bool = False,
-    penalty: Callable[[], torch.Tensor] | None = None,
     clip: float | None = None,
+    sam_rho: float = 0.0,
+    sam_adaptive: bool = False,
+    after_step: Callable[[], None] | None = None,
     stop: Callable[[float], bool] | None = None,
 ) -> bool:
-    """Train `model` in place on cross-entropy, for `epochs` passes over `batches`.
+    """Train `model` in place, for `epochs` passes over `batches`.
 
-    ascend: maximise the cross-entropy instead. penalty: a scalar added to the loss of each step. clip:
-    bound on the global gradient norm. stop: given the epoch's training accuracy (in train mode, on the
-    augmented images, summed while the weights move), says whether to end there.
+    objective: given (model, x, y) under autocast, the scalar to minimise and which samples were right
+    (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm. sam_rho:
+    radius of sharpness-aware minimisation, 0 for none, see `_climb`. after_step: called when the weights
+    have moved. stop: given the epoch's training accuracy (on the augmented images, summed while the weights
+    move), says whether to end there.
 
     Returns whether `stop` ended the training. The model is left in train mode.
 
@@ -177,19 +192,22 @@ def fit(
             totals, count = torch.zeros(2, device=device), 0  # loss and hits; samples
             for x, y in batches:
                 with autocast(device, amp):
-                    logits = model(x)
-                    loss = F.cross_entropy(logits, y)
-                objective = -loss if ascend else loss
-                if penalty is not None:
-                    objective = objective + penalty()
+                    loss, right = objective(model, x, y)
                 optimizer.zero_grad()
-                objective.backward()
+                (-loss if ascend else loss).backward()
+                if sam_rho:
+                    steps = _climb(parameters, sam_rho, sam_adaptive)
+                    optimizer.zero_grad()
+                    with _still_statistics(model), autocast(device, amp):
+                        objective(model, x, y)[0].backward()
+                    with torch.no_grad():
+                        torch._foreach_sub_(*steps)
                 if clip is not None:
                     nn.utils.clip_grad_norm_(parameters, clip)
                 optimizer.step()
-                with torch.no_grad():
-                    hits = (logits.argmax(1) == y).sum()
-                    totals += torch.stack([loss.detach().float() * len(y), hits])
+                if after_step is not None:
+                    after_step()
+                totals += torch.stack([loss.detach().float() * len(y), right.sum()])
                 count += len(y)
                 progress.step()
             scheduler.step()
@@ -203,6 +221,38 @@ def fit(
             if stop is not None and stop(accuracy):
                 return True
     return False
+
+
+@torch.no_grad()
+def _climb(parameters: list[nn.Parameter], rho: float, adaptive: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Move to the worst weights nearby, in place: (the weights moved, by how much), to be taken back.
+
+    rho g / |g| over all weights (SAM, arXiv 2010.01412, equation 2), or adaptive, in proportion to each
+    weight: rho w^2 g / | |w| g | (ASAM, arXiv 2102.11600, equation 2, without its bias exception).
+    """
+    moved = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in moved if p.grad is not None]
+    scaled = torch._foreach_mul(gradients, torch._foreach_abs(moved)) if adaptive else gradients
+    norm = torch.stack(torch._foreach_norm(scaled)).norm().clamp_min(1e-12)
+    steps = torch._foreach_mul(
+        torch._foreach_mul(scaled, torch._foreach_abs(moved)) if adaptive else scaled, rho / norm
+    )
+    torch._foreach_add_(moved, steps)
+    return moved, list(steps)
+
+
+@contextlib.contextmanager
+def _still_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics stay as they are inside the block: they are not those of worst weights."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
 
 
 @torch.no_grad()

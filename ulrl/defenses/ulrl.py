@@ -16,7 +16,7 @@ from ulrl.defenses.unlearning import robust_z, unlearn
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import SCHEDULERS, Monitor, fit, make_scheduler
+from ulrl.training import SCHEDULERS, Monitor, cross_entropy, fit, make_scheduler
 
 _RELEASE = "ULRL release"
 
@@ -112,12 +112,13 @@ class ULRL(Defense):
                 if head.bias is not None:
                     head.bias[index] = 0
 
-        def penalty() -> torch.Tensor:
-            return self.relearn_alpha * F.cosine_similarity(head.weight[index], original, dim=1).sum()
+        def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, right = cross_entropy(model, x, y)
+            return loss + self.relearn_alpha * F.cosine_similarity(head.weight[index], original, dim=1).sum(), right
 
         optimizer = torch.optim.SGD(model.parameters(), self.relearn_lr, self.sgd_momentum)
         fit(
             model, self.batches(clean, "relearn"), self.relearn_epochs, optimizer,
             make_scheduler(optimizer, "CosineAnnealingLR", self.relearn_epochs), monitor, "relearn",
-            amp=self.amp, penalty=penalty if rows else None,
+            amp=self.amp, objective=objective if rows else cross_entropy,
         )  # fmt: skip
