@@ -230,14 +230,13 @@ def _climb(parameters: list[nn.Parameter], rho: float, adaptive: bool) -> tuple[
     rho g / |g| over all weights (SAM, arXiv 2010.01412, equation 2), or adaptive, in proportion to each
     weight: rho w^2 g / | |w| g | (ASAM, arXiv 2102.11600, equation 2, without its bias exception).
     """
-    moved = [p for p in parameters if p.grad is not None]
+    moved: list[torch.Tensor] = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in moved if p.grad is not None]
-    scaled = torch._foreach_mul(gradients, torch._foreach_abs(moved)) if adaptive else gradients
+    sizes = torch._foreach_abs(moved) if adaptive else [torch.ones((), device=g.device) for g in gradients]
+    scaled = torch._foreach_mul(gradients, sizes)
     norm = torch.stack(torch._foreach_norm(scaled)).norm().clamp_min(1e-12)
-    steps = torch._foreach_mul(
-        torch._foreach_mul(scaled, torch._foreach_abs(moved)) if adaptive else scaled, rho / norm
-    )
-    torch._foreach_add_(moved, steps)
+    steps = torch._foreach_mul(torch._foreach_mul(scaled, sizes), rho / norm)
+    torch._foreach_add_(moved, list(steps))
     return moved, list(steps)
 
 

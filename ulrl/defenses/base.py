@@ -5,6 +5,7 @@ A defense is given nothing else, so it cannot look at a poisoned sample or a tes
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,13 +25,16 @@ class Repair:
     """What a defense returns.
 
     flagged: classes called suspicious, the highest score first. evidence: JSON-able facts for
-    `result.json`. tables: further evidence, each written as `<name>.csv`.
+    `result.json`. tables: further evidence, each written as `<name>.csv`. candidates: where a strength
+    was chosen, what the others would have given: an iterator of (strength, model), the model valid until
+    the next one is asked for. Only the judge walks it, and only for `--report_oracle`.
     """
 
     model: nn.Module
     flagged: list[int] = field(default_factory=list)
     evidence: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    candidates: Callable[[], Iterator[tuple[float, nn.Module]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Defense:
     """Hyperparameters that every defense has. Defaults are those of the method's paper."""
 
     name: ClassVar[str]
+    in_training: ClassVar[bool] = False  # handed the poisoned training set instead of clean samples (ABL)
 
     batch_size: int = option(128, "clean images per step", source="ULRL release", low=2)
     amp: bool = option(True, "bf16 autocast where the device has it", source="ULRL release")
