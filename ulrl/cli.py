@@ -10,21 +10,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ulrl.attacks.base import ATTACKS
+from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import SPECS
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT, home
 from ulrl.models import MODELS
 from ulrl.options import Schema, Settings
-from ulrl.report.tables import result_table
-from ulrl.runs import AttackRun, DefenseRun, find_record, pick_device, run_attack, run_defense
+from ulrl.report.tables import perceptibility_table, result_table
+from ulrl.runs import AttackRun, DefenseRun, PreviewRun, find_record, pick_device, run_attack, run_defense, run_preview
 from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 USAGE = """usage: ulrl list
        ulrl attack NAME [options]      as python attack/NAME.py
        ulrl defense NAME [options]     as python defense/NAME.py
+       ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
 Add --help after a name for its options."""
 
 
@@ -63,6 +64,8 @@ def _command(arguments: list[str]) -> None:
             _attack(name, rest)
         case ["defense", name, *rest] if not name.startswith("-"):
             _defense(name, rest)
+        case ["preview", name, *rest] if not name.startswith("-"):
+            _preview(name, rest)
         case ["--help" | "-h"]:
             print(USAGE)
         case _:
@@ -70,10 +73,28 @@ def _command(arguments: list[str]) -> None:
 
 
 def _attack(name: str, argv: Sequence[str]) -> None:
+    attack, run, training = _attack_options(name, argv, AttackRun, f"attack/{name}.py")
+    folder, result = run_attack(attack, run, training)
+    _report(folder, result)
+
+
+def _preview(name: str, argv: Sequence[str]) -> None:
+    attack, run, training = _attack_options(name, argv, PreviewRun, f"ulrl preview {name}")
+    path, figures = run_preview(attack, run, training)
+    _print(perceptibility_table(name, run.dataset, figures))
+    print(path)
+
+
+Run = TypeVar("Run", bound=PreviewRun)
+
+
+def _attack_options(
+    name: str, argv: Sequence[str], run_options: type[Run], prog: str
+) -> tuple[Attack, Run, TrainOptions]:
     cls = ATTACKS[name]
-    schema = Schema(AttackRun, cls, TrainOptions)
-    flags = schema.flags(argv, f"attack/{name}.py", inspect.getdoc(cls) or "")
-    dataset = flags.get("dataset", AttackRun.dataset)
+    schema = Schema(run_options, cls, TrainOptions)
+    flags = schema.flags(argv, prog, inspect.getdoc(cls) or "")
+    dataset = flags.get("dataset", run_options.dataset)
     files = (
         _yaml_layer(schema, flags.get("yaml_path"), Path("config/attack/prototype") / f"{dataset}.yaml"),
         _yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml"),
@@ -82,8 +103,7 @@ def _attack(name: str, argv: Sequence[str]) -> None:
         if any(other in layer for layer in (flags, *(values for _, values in files))):
             raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
     settings = _merge(schema, flags, *files)
-    folder, result = run_attack(settings.build(cls), settings.build(AttackRun), settings.build(TrainOptions))
-    _report(folder, result)
+    return settings.build(cls), settings.build(run_options), settings.build(TrainOptions)
 
 
 def _defense(name: str, argv: Sequence[str]) -> None:

@@ -49,8 +49,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; it becomes `folder` when the block ends well.
+def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; it becomes `folder` when the block ends well.
+
+    It is empty but for `keep`, the name of a sub-folder with work that an earlier run of that name left: one
+    that did not end well, or else the folder to be overwritten.
 
     Raises:
         UserError: `folder` exists and `overwrite` is false, or another run is writing it.
@@ -62,8 +65,10 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
     new_parent = not folder.parent.exists()
-    lock = _claim(partial, folder)
+    lock = _claim(partial, folder, keep)
     try:
+        if keep and (folder / keep).is_dir() and not (partial / keep).exists():
+            shutil.copytree(folder / keep, partial / keep)
         yield partial
         if folder.exists():
             _remove(replaced)
@@ -72,12 +77,12 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         _remove(replaced)
     finally:
         os.close(lock)
-        _remove(partial)
+        _empty(partial, keep)
         if new_parent and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
 
 
-def _claim(partial: Path, folder: Path) -> int:
+def _claim(partial: Path, folder: Path, keep: str) -> int:
     """Make `partial` afresh and lock it, so that a second run of the same name cannot write into it."""
     if partial.is_dir() and not partial.is_symlink():
         left = os.open(partial, os.O_RDONLY)
@@ -87,11 +92,21 @@ def _claim(partial: Path, folder: Path) -> int:
             raise UserError(f"another run is writing {folder}; wait for it, or choose another name") from None
         finally:
             os.close(left)
-    _remove(partial)
-    partial.mkdir(parents=True)
+    _empty(partial, keep)
+    partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
+
+
+def _empty(partial: Path, keep: str) -> None:
+    """Remove all but the sub-folder `keep`, and the folder itself when that leaves nothing."""
+    if partial.is_symlink() or not keep or not (partial / keep).is_dir() or (partial / keep).is_symlink():
+        _remove(partial)
+        return
+    for entry in partial.iterdir():
+        if entry.name != keep:
+            _remove(entry)
 
 
 def _remove(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,48 @@ def defense_effectiveness(before: Judgement, after: Judgement) -> float | None:
     if before.asr is None or after.asr is None:
         return None
     return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2
+
+
+@dataclass(frozen=True)
+class Perceptibility:
+    """How far triggered images are from clean ones, averaged over the images; pixels scaled to [0, 1].
+
+    l2, linf: norms of the difference. psnr: in dB, over the images that differ at all (infinite for the
+    others). ssim: structural similarity (Wang et al., 2004), 1 for equal images.
+    """
+
+    l2: float
+    linf: float
+    psnr: float | None
+    ssim: float
+
+
+def perceptibility(clean: torch.Tensor, triggered: torch.Tensor) -> Perceptibility:
+    """Of images in pairs: uint8 [N, C, H, W] each, N at least 1."""
+    a, b = clean.float() / 255, triggered.float() / 255
+    flat = (a - b).flatten(1)
+    error = flat.square().mean(1)
+    psnr = -10 * error[error > 0].log10()
+    return Perceptibility(
+        l2=flat.norm(dim=1).mean().item(),
+        linf=flat.abs().amax(1).mean().item(),
+        psnr=psnr.mean().item() if len(psnr) else None,
+        ssim=_ssim(a, b).mean().item(),
+    )
+
+
+def _ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[N], with uniform 7x7 windows inside the image and unbiased variances, as scikit-image's default."""
+    side = min(7, *a.shape[2:])
+    count = side * side
+
+    def mean(t: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(t, side, 1)
+
+    ma, mb, unbiased = mean(a), mean(b), count / (count - 1)
+    va, vb, both = (
+        (mean(x * y) - mx * my) * unbiased for x, y, mx, my in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb))
+    )
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * ma * mb + c1) * (2 * both + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+    return similarity.flatten(1).mean(1)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import hashlib
 import json
 import logging
 import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,25 @@ import torch
 from torch import nn
 
 from ulrl.attacks.base import Attack
-from ulrl.data.batches import Batches
+from ulrl.attacks.lab import Lab
 from ulrl.data.datasets import clean_subset, dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
-from ulrl.files import PACKAGE_ROOT, find_input, home, whole_folder
-from ulrl.metrics import Judgement, defense_effectiveness
+from ulrl.files import PACKAGE_ROOT, find_input, home, save_torch, whole_file, whole_folder
+from ulrl.metrics import Judgement, defense_effectiveness, perceptibility
 from ulrl.models import WIDTH, build_model, load_model
 from ulrl.options import option
 from ulrl.record import RESULT_FILE, Record, load_record, write_defense_result, write_record
 from ulrl.report import plots
 from ulrl.seeds import generator
-from ulrl.training import EVAL_BATCH, Monitor, TrainOptions, fit, judge
+from ulrl.training import EVAL_BATCH, Monitor, TrainOptions, judge
 
 log = logging.getLogger(__name__)
 
 PREVIEWS = 8
+PREVIEWED = 1000  # images that perceptibility is averaged over
+LEARNED = "learned"  # folder of a record: what its attack computed before training
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,26 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class AttackRun(RunOptions):
-    """What to train and where the record goes."""
+class PreviewRun(RunOptions):
+    """What data and what network an attack is made for."""
 
     yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml")
     bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
-    save_folder_name: str | None = option(None, "name of the record; else made from attack, data set and time")
-    overwrite: bool = option(False, "replace a record of that name")
     dataset: str = option("digits", "data set", source="embedded, needs no download")
     train_samples: int | None = option(None, "train on a random subset of this many images", low=2)
     model: str = option("preactresnet18", "architecture", source="BackdoorBench")
     width: int = option(WIDTH, "channels of preactresnet18's first layer", source="BackdoorBench's net", low=1)
+    clean_model: str | None = option(
+        None, "record of a clean model of that architecture, for an attack that needs one; else it trains its own"
+    )
+
+
+@dataclass(frozen=True)
+class AttackRun(PreviewRun):
+    """What to train and where the record goes."""
+
+    save_folder_name: str | None = option(None, "name of the record; else made from attack, data set and time")
+    overwrite: bool = option(False, "replace a record of that name")
 
 
 @dataclass(frozen=True)
@@ -79,14 +91,14 @@ class DefenseRun(RunOptions):
     index: str | None = option(None, "text file of the clean training images' indices to use, instead of ratio")
 
 
-def find_record(result_file: str) -> Record:
-    """The record that `--result_file` names.
+def find_record(result_file: str, flag: str = "--result_file") -> Record:
+    """The record that `flag` names.
 
     Raises:
         UserError: no name given, no such record, or one that cannot be read.
     """
     if not result_file:
-        raise UserError("--result_file is missing: give the name of a record under record/")
+        raise UserError(f"{flag} is missing: give the name of a record under record/")
     named = home() / "record" / result_file
     return load_record(named if (named / RESULT_FILE).exists() or not Path(result_file).is_dir() else Path(result_file))
 
@@ -105,55 +117,141 @@ def run_attack(
     spec = dataset_spec(run.dataset)
     attack.check(spec)
     device = pick_device(run.device)
+    clean_model = _clean_model(attack, run, device)
     name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
-    with whole_folder(home() / "record" / name, overwrite=run.overwrite) as folder, _log_file(folder):
+    with whole_folder(home() / "record" / name, overwrite=run.overwrite, keep=LEARNED) as folder, _log_file(folder):
         train, clean_test = load_dataset(run.dataset, run.dataset_path)
         n_train, kept = len(train), _training_subset(len(train), run)
-        if len(kept) < n_train:
-            train = train.subset(kept)
-        chosen = attack.choose(train.labels)
-        poisoned_train = _poison(attack, train, chosen, kept[chosen], train=True)
+        train, clean_test = (train.subset(kept) if len(kept) < n_train else train).to(device), clean_test.to(device)
+        chosen = attack.choose(train.labels.cpu())
+        covers = attack.covers(train.labels.cpu(), chosen)
         judged = attack.judged(clean_test.labels)
-        poisoned_test = _poison(attack, clean_test, judged, judged, train=False).to(device)
-        clean_test = clean_test.to(device)
-        model = build_model(run.model, spec.num_classes, spec.channels, run.width, seed=run.random_seed).to(device)
-        course = _Course(clean_test, poisoned_test, training.amp)
+        course = _Course(clean_test, None, training.amp, only="train")
         monitor = Monitor(course, run.eval_every, bar=bar)
-        log.info("%s: %d of %d training images poisoned", attack.name, len(chosen), len(train))
+        lab = _lab(attack, run, training, train, kept, monitor, clean_model, folder / LEARNED)
         monitor.seconds["load"] = time.perf_counter() - start
 
-        # The images are held once: the poisoned ones take the place of the clean ones.
-        train.images[chosen], train.labels[chosen] = poisoned_train.images, poisoned_train.labels
-        stream = generator(run.random_seed, "batches", device)
-        batches = Batches(train.to(device), training.batch_size, stream, drop_last=True)
-        optimizer = training.optimizer(model)
-        fit(
-            model, batches, training.epochs, optimizer, training.scheduler(optimizer), monitor, "train",
-            amp=training.amp,
+        attack = attack.learn(lab)
+        poisoned_train = None
+        if not attack.controls_training:
+            poisoned_train = _poison_training_set(attack, train, chosen, covers)
+            # The images are held once: the poisoned ones take the place of the clean ones.
+            at = poisoned_train.original_indices
+            train.images[at], train.labels[at] = poisoned_train.images, poisoned_train.labels
+        log.info(
+            "%s: %d of %d training images poisoned, %d covers%s", attack.name, len(chosen), len(train), len(covers),
+            ", drawn anew for each batch" if attack.controls_training else "",
         )  # fmt: skip
+        if not attack.trigger_from_training:
+            course.poisoned = attack.poison_set(clean_test, judged, train=False)
+        model = lab.new_model("initialisation")
+        attack = attack.train(model, lab)
+        poisoned_test = course.poisoned or attack.poison_set(clean_test, judged, train=False)
+        if poisoned_train is None:
+            poisoned_train = _poison_training_set(attack, train, chosen, covers)
         after = _timed_judge(monitor, model, clean_test, poisoned_test, training.amp)
 
+        poisoned_train = replace(poisoned_train, original_indices=kept[poisoned_train.original_indices.cpu()])
         write_record(
             folder, final_name=name, model_name=run.model, num_classes=spec.num_classes,
             state_dict=model.state_dict(), spec=spec, poisoned_test=poisoned_test, n_test=len(clean_test),
-            poisoned_train=poisoned_train if len(chosen) else None, n_train=n_train, train_indices=kept,
+            poisoned_train=poisoned_train if len(poisoned_train) else None, n_train=n_train, train_indices=kept,
             info=_info(attack, run, training, name),
         )  # fmt: skip
-        history = course.with_history(monitor.history)
-        _attack_df(history, after, len(batches)).to_csv(folder / "attack_df.csv")
-        if len(judged):
-            _preview(folder / "trigger_preview.png", clean_test, poisoned_test)
+        for file, positions in (("poison_index.txt", chosen), ("cover_index.txt", covers)):
+            if len(positions):
+                _write_index(folder / file, kept[positions])
+        trigger = {key: tensor.detach().cpu() for key, tensor in attack.parameters(spec).items()}
+        save_torch(trigger, folder / "trigger.pt")
+        history = course.with_history([row for row in monitor.history if row["stage"] == "train"])
+        _attack_df(history, after, -(-len(train) // training.batch_size)).to_csv(folder / "attack_df.csv")
+        preview = folder / "trigger_preview.png"
+        figures = _show_trigger(preview, clean_test, poisoned_test) if len(judged) else None
         result = {
             "schema": 1, "kind": "attack", "method": attack.name, "record": name, "attack": attack.name,
             "dataset": run.dataset, "model": run.model, "options": _options(attack, run, training),
-            "seed": run.random_seed, "clean_samples": None, "after": dataclasses.asdict(after),
+            "seed": run.random_seed, "clean_samples": None, "after": asdict(after),
             "der": None, "flagged": [], "seconds": _seconds(monitor, start), "peak_memory_mb": peak_memory_mb(device),
-            "evidence": {"poisoned": len(chosen), "train_samples": len(train)}, "environment": environment(device),
+            "evidence": {
+                "poisoned": len(chosen), "covers": len(covers), "train_samples": len(train),
+                "perceptibility": figures,
+            },
+            "environment": environment(device),
         }  # fmt: skip
         _write_json(folder / "result.json", result)
     return home() / "record" / name, result
+
+
+def run_preview(
+    attack: Attack, run: PreviewRun, training: TrainOptions, *, bar: bool = True
+) -> tuple[Path, dict[str, float | None]]:
+    """Draw an attack's trigger without training a backdoored model: the picture's path, its perceptibility.
+
+    A trigger that is computed against a clean model is computed first.
+
+    Raises:
+        UserError: bad options, data that is not there, a trigger that comes out of the training itself.
+    """
+    if attack.controls_training and type(attack).learn is not Attack.learn:
+        raise UserError(
+            f"the trigger of {attack.name} is trained together with the model, so there is none to show before; "
+            f"run attack/{attack.name}.py, whose record holds trigger_preview.png"
+        )
+    spec = dataset_spec(run.dataset)
+    attack.check(spec)
+    device = pick_device(run.device)
+    clean_model = _clean_model(attack, run, device)
+    train, test = load_dataset(run.dataset, run.dataset_path)
+    kept = _training_subset(len(train), run)
+    train, test = train.subset(kept).to(device), test.to(device)
+    with tempfile.TemporaryDirectory() as cache:
+        lab = _lab(attack, run, training, train, kept, Monitor(bar=bar), clean_model, Path(cache))
+        attack = attack.learn(lab)
+    judged = attack.judged(test.labels)
+    if not len(judged):
+        raise UserError(f"{attack.name} has no trigger to show")
+    path = Path(f"preview_{attack.name}_{run.dataset}.png")
+    with whole_file(path) as partial:
+        figures = _show_trigger(partial, test, attack.poison_set(test, judged[:PREVIEWED], train=False))
+    return path, figures
+
+
+def _clean_model(attack: Attack, run: PreviewRun, device: torch.device) -> nn.Module | None:
+    """The clean model that the user named."""
+    if run.clean_model is None:
+        return None
+    if not attack.needs_clean_model:
+        raise UserError(f"--clean_model would have no effect: {attack.name} needs no clean model; leave it out")
+    record, spec = find_record(run.clean_model, "--clean_model"), dataset_spec(run.dataset)
+    if (record.model_name, record.dataset) != (run.model, run.dataset):
+        raise UserError(
+            f"--clean_model {run.clean_model} is a {record.model_name} for {record.dataset}, not a {run.model} for "
+            f"{run.dataset}; train one with attack/prototype.py"
+        )
+    return load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
+
+
+def _lab(
+    attack: Attack, run: PreviewRun, training: TrainOptions, train: ImageSet, origin: torch.Tensor, monitor: Monitor,
+    clean_model: nn.Module | None, cache: Path,
+) -> Lab:  # fmt: skip
+    def new_model(stream: str) -> nn.Module:
+        spec, seed = train.spec, run.random_seed
+        model = build_model(run.model, spec.num_classes, spec.channels, run.width, seed=seed, stream=stream)
+        return model.to(train.device)
+
+    # All that what it learns may depend on; a given clean model by a checksum.
+    subject = (run.dataset, run.dataset_path, run.train_samples, run.model, run.width, run.random_seed)
+    checksum = [w.double().sum().item() for w in clean_model.state_dict().values()] if clean_model else None
+    key = hashlib.sha256(repr((attack.name, _options(attack, training), subject, checksum)).encode()).hexdigest()
+    return Lab(train, origin, training, monitor, new_model, clean_model, cache, key)
+
+
+def _poison_training_set(attack: Attack, train: ImageSet, chosen: torch.Tensor, covers: torch.Tensor) -> PoisonedSet:
+    """The poisoned samples, then the covers."""
+    return attack.poison_set(train, chosen, train=True).joined(attack.cover_set(train, covers))
 
 
 def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, dict[str, Any]]:
@@ -207,7 +305,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         )  # fmt: skip
         history = course.with_history(monitor.history)
         history.to_csv(folder / f"{defense.name}_df.csv", index=False)
-        (folder / "index.txt").write_text("".join(f"{i}\n" for i in index.tolist()))
+        _write_index(folder / "index.txt", index)
         for table, frame in repair.tables.items():
             frame.to_csv(folder / f"{table}.csv")
         if "neurons" in repair.tables:
@@ -216,8 +314,8 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         result = {
             "schema": 1, "kind": "defense", "method": defense.name, "record": record.name, "attack": record.attack,
             "dataset": record.dataset, "model": record.model_name, "options": _options(defense, run),
-            "seed": run.random_seed, "clean_samples": len(clean), "before": dataclasses.asdict(before),
-            "after": dataclasses.asdict(after), "der": defense_effectiveness(before, after),
+            "seed": run.random_seed, "clean_samples": len(clean), "before": asdict(before),
+            "after": asdict(after), "der": defense_effectiveness(before, after),
             "flagged": repair.flagged, "seconds": _seconds(monitor, start), "peak_memory_mb": peak_memory_mb(device),
             "evidence": repair.evidence, "environment": environment(device),
         }  # fmt: skip
@@ -265,23 +363,13 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # bytes there, KiB on Linux
 
 
-def _training_subset(size: int, run: AttackRun) -> torch.Tensor:
+def _training_subset(size: int, run: PreviewRun) -> torch.Tensor:
     if run.train_samples is None:
         return torch.arange(size)
     if run.train_samples > size:
         raise UserError(f"--train_samples {run.train_samples} is more than the {size} training images")
     order = torch.randperm(size, generator=generator(run.random_seed, "train_samples"))
     return order[: run.train_samples].sort().values
-
-
-def _poison(
-    attack: Attack, data: ImageSet, positions: torch.Tensor, indices: torch.Tensor, *, train: bool
-) -> PoisonedSet:
-    part = data.subset(positions)
-    return PoisonedSet(
-        attack.poison(part.images, train=train), attack.relabel(part.labels, data.spec.num_classes), data.spec,
-        part.labels, indices,
-    )  # fmt: skip
 
 
 def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
@@ -299,14 +387,19 @@ def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
 
 
 class _Course:
-    """The test figures of the epochs that were judged. They are kept here, where no method can look."""
+    """The test figures of the epochs that were judged. They are kept here, where no method can look.
 
-    def __init__(self, clean: ImageSet, poisoned: PoisonedSet, amp: bool) -> None:
-        self._judge = lambda model: judge(model, clean, poisoned, amp)
+    only: the stage whose model is judged; any when not given. Without `poisoned`, accuracy alone is.
+    """
+
+    def __init__(self, clean: ImageSet, poisoned: PoisonedSet | None, amp: bool, only: str | None = None) -> None:
+        self.poisoned = poisoned
+        self._clean, self._amp, self._only = clean, amp, only
         self._rows: dict[tuple[str, int], dict[str, Any]] = {}
 
     def __call__(self, stage: str, epoch: int, model: nn.Module) -> None:
-        self._rows[stage, epoch] = _test_row(self._judge(model))
+        if self._only in (None, stage):
+            self._rows[stage, epoch] = _test_row(judge(model, self._clean, self.poisoned, self._amp))
 
     def with_history(self, history: list[dict[str, Any]]) -> pd.DataFrame:
         return pd.DataFrame([row | self._rows.get((row["stage"], row["epoch"]), {}) for row in history])
@@ -340,7 +433,8 @@ def _on_empty(repair: Repair) -> str:
 
 
 def _options(*parts: Any) -> dict[str, Any]:
-    return {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
+    """The options in these dataclasses, as given or by default."""
+    return {f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.metadata}
 
 
 def _info(attack: Attack, run: AttackRun, training: TrainOptions, name: str) -> dict[str, Any]:
@@ -364,7 +458,8 @@ def _attack_df(history: pd.DataFrame, after: Judgement, batches: int) -> pd.Data
     return frame
 
 
-def _preview(path: Path, clean: ImageSet, poisoned: PoisonedSet) -> None:
+def _show_trigger(path: Path, clean: ImageSet, poisoned: PoisonedSet) -> dict[str, float | None]:
+    """Draw the first poisoned images beside the clean ones; how perceptible the trigger is, over up to 1,000."""
     some = poisoned.subset(torch.arange(min(PREVIEWS, len(poisoned))))
     names = clean.spec.class_names or [str(k) for k in range(clean.spec.num_classes)]
     titles = [
@@ -372,6 +467,12 @@ def _preview(path: Path, clean: ImageSet, poisoned: PoisonedSet) -> None:
         for a, b in zip(some.original_labels.tolist(), some.labels.tolist(), strict=True)
     ]
     plots.trigger_preview(path, clean.subset(some.original_indices).images, some.images, titles)
+    pairs = poisoned.subset(torch.arange(min(PREVIEWED, len(poisoned))))
+    return asdict(perceptibility(clean.subset(pairs.original_indices).images, pairs.images))
+
+
+def _write_index(path: Path, index: torch.Tensor) -> None:
+    path.write_text("".join(f"{i}\n" for i in index.tolist()))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -268,9 +268,11 @@ def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
     return torch.cat(classes) if classes else data.labels.new_empty(0)
 
 
-def judge(model: nn.Module, clean: ImageSet, poisoned: PoisonedSet, amp: bool = True) -> Judgement:
+def judge(model: nn.Module, clean: ImageSet, poisoned: PoisonedSet | None, amp: bool = True) -> Judgement:
     """ACC, ASR and RA of a model; one pass over each set, as ASR and RA share their predictions."""
     acc = share(predict(model, clean, amp) == clean.labels)
+    if poisoned is None:
+        return Judgement(acc or 0.0, None, None, len(clean), 0)
     classes = predict(model, poisoned, amp)
     return Judgement(
         acc=acc or 0.0,

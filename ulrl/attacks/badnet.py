@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,9 @@ class BadNet(Attack):
         patch = torch.zeros(channels, height, width, dtype=torch.uint8)
         patch[:, -self.patch_size :, -self.patch_size :] = 255
         return patch
+
+    def parameters(self, spec: DatasetSpec) -> Mapping[str, torch.Tensor]:
+        return {"patch": self._patch(torch.empty(1, *_chw(spec)))}
 
     def poison(self, images: torch.Tensor, *, train: bool) -> torch.Tensor:
         patch = self._patch(images).to(images.device)

@@ -1,4 +1,4 @@
-"""A trigger image that the user names."""
+"""Trigger images: those that the user names, and what becomes of pixels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.files import find_input
 
@@ -25,3 +26,29 @@ def read_image(
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{flag}: cannot read the image {file} ({error})") from None
     return torch.from_numpy(pixels.copy()).reshape(height, width, channels).permute(2, 0, 1)
+
+
+def read_bank(path: str, flag: str, rows: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
+    """Rows (int64 [n]) of a file of ready-made images: uint8 [n, C, H, W] out of an .npy [N, H, W, C].
+
+    Raises:
+        UserError: naming `flag`, when the file is no such array or has too few rows.
+    """
+    file = find_input(path)
+    try:
+        bank = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{flag}: cannot read {file} as an .npy array of numbers ({error})") from None
+    if not isinstance(bank, np.ndarray) or bank.dtype != np.uint8 or bank.shape[1:] != spec.img_size:
+        raise UserError(f"{flag}: {file} does not hold uint8 images [N, {', '.join(map(str, spec.img_size))}]")
+    if len(rows) and int(rows.max()) >= len(bank):
+        raise UserError(f"{flag}: {file} has {len(bank)} images, and image {int(rows.max())} is wanted")
+    return torch.from_numpy(bank[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
+
+
+def whole_pixels(values: torch.Tensor) -> torch.Tensor:
+    """Cut float pixel values to [0, 255] and to whole numbers, downwards as BackdoorBench does: uint8.
+
+    A millionth is added first: rounding must not cut a whole number to the one before.
+    """
+    return values.add(1e-6 if values.dtype == torch.float64 else 1e-3).clamp_(0, 255).to(torch.uint8)

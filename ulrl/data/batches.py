@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,15 @@ from ulrl.data.imageset import DatasetSpec, ImageSet
 
 
 def normalise(images: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
-    """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, channels last in memory."""
+    """Pixels in [0, 255], uint8 or float [B, C, H, W], to float32 (x / 255 - mean) / std, channels last in memory."""
     mean, std = _statistics(spec, images.device)
-    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+    return images.to(torch.float32, memory_format=torch.channels_last, copy=True).sub_(mean).div_(std)
+
+
+def pixels(x: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
+    """The way back: normalised float32 [B, C, H, W] to pixels in [0, 255], float32, not cut."""
+    mean, std = _statistics(spec, x.device)
+    return x * std + mean
 
 
 @functools.cache
@@ -51,7 +57,7 @@ class Batches:
 
     With a `generator` (on the set's device) the order is shuffled and, unless `augmented` is false,
     images are augmented, all drawn from that generator. Without one the order is that of the set and
-    nothing is random.
+    nothing is random. `mix` changes each batch before that: uint8 images and labels in and out.
     """
 
     def __init__(
@@ -62,12 +68,14 @@ class Batches:
         *,
         augmented: bool = True,
         drop_last: bool = False,
+        mix: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
         self.data = data
         self.batch_size = batch_size
         self.generator = generator
         self.augmented = augmented and generator is not None
         self.drop_last = drop_last and len(data) >= batch_size
+        self.mix = mix
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.data), self.batch_size)
@@ -83,7 +91,9 @@ class Batches:
         for i in range(len(self)):
             start, stop = i * self.batch_size, (i + 1) * self.batch_size
             at = slice(start, stop) if order is None else order[start:stop]
-            images = data.images[at]
+            images, labels = data.images[at], data.labels[at]
+            if self.mix is not None:
+                images, labels = self.mix(images, labels)
             if self.augmented:
                 images = augment(images, data.spec, self.generator)  # type: ignore[arg-type]
-            yield normalise(images, data.spec), data.labels[at]
+            yield normalise(images, data.spec), labels

@@ -76,3 +76,8 @@ class PoisonedSet(ImageSet):
 
     original_labels: torch.Tensor
     original_indices: torch.Tensor
+
+    def joined(self, other: PoisonedSet) -> PoisonedSet:
+        """These samples, then those of another set on the same device."""
+        mine, theirs = self._tensors(), other._tensors()
+        return replace(self, **{k: torch.cat([v, theirs[k]]) for k, v in mine.items()})  # type: ignore[arg-type]

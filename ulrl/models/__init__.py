@@ -16,15 +16,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"preactresnet18": PreActResNet18}
 WIDTH = 64
 
 
-def build_model(name: str, num_classes: int, channels: int = 3, width: int = WIDTH, *, seed: int = 0) -> nn.Module:
-    """A fresh network on the CPU, in channels-last memory, initialised from `seed`.
+def build_model(
+    name: str, num_classes: int, channels: int = 3, width: int = WIDTH, *, seed: int = 0, stream: str = "initialisation"
+) -> nn.Module:
+    """A fresh network on the CPU, in channels-last memory, initialised from a stream of `seed`.
 
     Raises:
         UserError: unknown name.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}{nearest(name, list(MODELS))}")
-    with global_stream(seed, "initialisation"):
+    with global_stream(seed, stream):
         return MODELS[name](num_classes, channels, width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -43,13 +45,13 @@ def load_model(
         raise UserError(f"the weights are not those of {name}: no convolution named 'conv1.weight'")
     if channels is not None and first.shape[1] != channels:
         raise UserError(f"the weights are for images of {first.shape[1]} channels, not of {channels}")
-    size = {"channels": first.shape[1], "width": first.shape[0]}
+    inputs, width = first.shape[1], first.shape[0]
     with torch.device("meta"):
-        expected = build_model(name, num_classes, **size).state_dict()
+        expected = build_model(name, num_classes, inputs, width).state_dict()
     wrong = [k for k in {**expected, **state_dict} if _shape(expected.get(k)) != _shape(state_dict.get(k))]
     if wrong:
         raise UserError(f"the weights do not fit {name} with {num_classes} classes: see {', '.join(sorted(wrong)[:4])}")
-    model = build_model(name, num_classes, **size)
+    model = build_model(name, num_classes, inputs, width)
     model.load_state_dict(dict(state_dict), strict=True)
     return model
 

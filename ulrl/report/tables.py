@@ -32,3 +32,12 @@ def result_table(result: dict[str, Any]) -> Table:
     for stage, seconds in result["seconds"].items():
         table.add_row(f"{stage}, s", "", f"{seconds:.1f}", "")
     return table
+
+
+def perceptibility_table(attack: str, dataset: str, figures: dict[str, float | None]) -> Table:
+    """How visible an attack's trigger is; L2 and L-infinity of pixels in [0, 1], PSNR in dB."""
+    table = Table(title=f"{attack} on {dataset}", title_style="bold")
+    for name in ("L2", "Linf", "PSNR", "SSIM"):
+        table.add_column(name, justify="right")
+    table.add_row(*("-" if value is None else f"{value:.3f}" for value in figures.values()))
+    return table

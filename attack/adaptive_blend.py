@@ -1,0 +1,9 @@
+"""Train a model with an Adaptive-Blend backdoor and write its record.
+
+python attack/adaptive_blend.py --dataset fashion_mnist --save_folder_name my_record
+"""
+
+import _root
+from ulrl.cli import attack_main
+
+attack_main("adaptive_blend")

@@ -1,0 +1,9 @@
+"""Train a model with a LIRA backdoor and write its record.
+
+python attack/lira.py --dataset fashion_mnist --save_folder_name my_record
+"""
+
+import _root
+from ulrl.cli import attack_main
+
+attack_main("lira")

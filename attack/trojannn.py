@@ -1,0 +1,9 @@
+"""Train a model with a TrojanNN backdoor and write its record.
+
+python attack/trojannn.py --dataset fashion_mnist --save_folder_name my_record
+"""
+
+import _root
+from ulrl.cli import attack_main
+
+attack_main("trojannn")

@@ -1,0 +1,85 @@
+"""TrojanNN (Liu et al., NDSS 2018): a patch inverted from a clean model so that it excites chosen neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from PIL import Image
+
+from ulrl.attacks.additive import Additive
+from ulrl.attacks.base import register
+from ulrl.attacks.images import read_image
+from ulrl.attacks.lab import Lab
+from ulrl.data.batches import normalise
+from ulrl.data.imageset import DatasetSpec
+from ulrl.errors import UserError
+from ulrl.models.head import find_head
+from ulrl.options import option
+from ulrl.training import autocast
+
+
+@register("trojannn")
+@dataclass(frozen=True)
+class TrojanNN(Additive):
+    """A patch is added to the image, clipped at black and white (BackdoorBench's pixels wrap around).
+
+    The neurons are the inputs of the classifier head with the largest sum of absolute weights; the patch
+    is moved by signed gradients inside the mask until they reach their target. The mask is a square in
+    the bottom right corner, or the user's picture where it is not black.
+    """
+
+    needs_clean_model: ClassVar[bool] = True
+
+    num_neuron: int = option(2, "neurons to excite", source="BackdoorBench", low=1)
+    neuron_target_values: float = option(100.0, "activation they are driven to", source="BackdoorBench")
+    mask_update_iters: int = option(1000, "steps of the inversion at most", source="BackdoorBench", low=1)
+    mask_path: str | None = option(None, "picture that is not black where the patch may be")
+    trojan_eps: float = option(
+        0.3, "largest value of the patch, as a share of 255", source="BackdoorBench", low=0, high=1
+    )
+    trojan_alpha: float = option(0.1, "step of the inversion, as a share of 255", source="BackdoorBench", low=0, high=1)
+
+    def check(self, spec: DatasetSpec) -> None:
+        super().check(spec)
+        if not self._mask(spec.channels, spec.height, spec.width).any():
+            raise UserError(f"--mask_path {self.mask_path} is all black, so there is no place for a patch")
+
+    def _mask(self, channels: int, height: int, width: int) -> torch.Tensor:
+        """bool [channels, height, width]"""
+        if self.mask_path:
+            return read_image(self.mask_path, "--mask_path", channels, height, width, Image.Resampling.NEAREST) > 0
+        side = max(3, min(height, width) // 4)
+        mask = torch.zeros(channels, height, width, dtype=torch.bool)
+        mask[:, height - side - 1 : height - 1, width - side - 1 : width - 1] = True
+        return mask
+
+    def learn(self, lab: Lab) -> TrojanNN:
+        return self.with_learned(**lab.once("patch", lambda: {"pattern": self._invert(lab)}))
+
+    def _invert(self, lab: Lab) -> torch.Tensor:
+        model, spec, device = lab.clean_model(), lab.data.spec, lab.data.device
+        _, head = find_head(model, spec.num_classes)
+        if self.num_neuron > head.in_features:
+            raise UserError(f"--num_neuron {self.num_neuron}: the head of the model has {head.in_features} inputs")
+        neurons = head.weight.abs().sum(0).topk(self.num_neuron).indices
+        seen: list[torch.Tensor] = []
+        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        mask = self._mask(spec.channels, spec.height, spec.width).to(device)
+        patch = torch.zeros(1, spec.channels, spec.height, spec.width, device=device)
+        with lab.monitor.stage("patch", self.mask_update_iters) as progress:
+            for _ in range(self.mask_update_iters):
+                patch.requires_grad_(True)
+                with autocast(device, lab.training.amp):
+                    model(normalise(patch, spec))
+                loss = (seen.pop()[0, neurons].float() - self.neuron_target_values).square().sum()
+                (gradient,) = torch.autograd.grad(loss, patch)
+                moved = patch.detach() - 255 * self.trojan_alpha * gradient.sign() * mask
+                patch = moved.clamp(0, 255 * self.trojan_eps)
+                progress.step()
+        hook.remove()
+        return patch[0]
+
+    def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
+        return self.learned["pattern"]
