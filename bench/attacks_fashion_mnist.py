@@ -63,17 +63,18 @@ def row(name: str) -> dict[str, object]:
     attack, options = RUNS[name]
     result = json.loads((home() / "record" / f"bench_{name}" / "result.json").read_text())
     seconds = {stage: s for stage, s in result["seconds"].items() if stage not in ("load", "judge", "total")}
+    hidden = result["evidence"]["perceptibility"] or {}
     return {
         "name": name,
         "attack": attack,
         "options": " ".join([*COMMON, *options.split()]),
-        **{key: round(100 * value, 2) if value is not None else None for key, value in result["after"].items() if key in ("acc", "asr", "ra")},
+        **{key: value and round(100 * value, 2) for key, value in result["after"].items() if key[:2] != "n_"},
         **{key: result["evidence"][key] for key in ("train_samples", "poisoned", "covers")},
-        **{key: value and round(value, 4) for key, value in (result["evidence"]["perceptibility"] or {}).items()},
+        **{key: value and round(value, 4) for key, value in hidden.items()},
         "seconds_total": round(result["seconds"]["total"], 1),
         "seconds_stages": " ".join(f"{stage}={s:.1f}" for stage, s in seconds.items()),
         "threads": result["environment"]["threads"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -3,20 +3,79 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from manners import refused
 from PIL import Image
+from scipy.fft import dctn, idctn
 
 from ulrl.attacks.base import ATTACKS, Attack
+from ulrl.attacks.lab import Lab
 from ulrl.data.datasets import dataset_spec, load_dataset
+from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
+from ulrl.metrics import perceptibility
+from ulrl.models import build_model
 from ulrl.record import load_record
 from ulrl.runs import AttackRun, run_attack
-from ulrl.training import TrainOptions
+from ulrl.training import Monitor, TrainOptions
 
+CLEAN_LABEL = {"sig", "lc", "ctrl"}
+COVERED = {"adaptive_blend", "adaptive_patch", "tact"}
+CROSSED = {"wanet", "inputaware", "bpp"}
+NO_TRAINING_SET = {"prototype", "lira", "blind"}
+ONE_TARGET = CLEAN_LABEL | {"tact", "blind"}
 POISONING = [name for name in ATTACKS if name != "prototype"]
+
+# What makes a learning attack quick; rates that give whole samples on the few digits.
+QUICK: dict[str, dict[str, Any]] = {
+    "lc": {"pgd_steps": 3},
+    "lf": {"lf_steps": 3, "lf_images": 64},
+    "trojannn": {"mask_update_iters": 5},
+    "ssba": {"ssba_epochs": 1, "ssba_samples": 64},
+    "inputaware": {"clean_train_epochs": 1, "generator_width": 4},
+    "lira": {"both_train_epochs": 1, "generator_width": 4, "eps": 0.1},
+    "adaptive_blend": {"pratio": 0.05, "cover_rate": 0.05},
+    "adaptive_patch": {"pratio": 0.05, "cover_rate": 0.05},
+    "tact": {"pratio": 0.05, "cover_rate": 0.05},
+}
+
+
+def quick(name: str, **given: Any) -> Attack:
+    return ATTACKS[name](**{**QUICK.get(name, {}), **given})
+
+
+def sized(channels: int, side: int, count: int = 96) -> ImageSet:
+    """Digits of another size, gray or coloured at random."""
+    train, _ = load_dataset("digits")
+    part = train.subset(torch.arange(count))
+    images = F.interpolate(part.images.float(), (side, side), mode="bilinear")
+    tint = torch.rand(count, channels, 1, 1, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
+    spec = DatasetSpec(f"digits{side}", 10, channels, side, side, (0.3,) * channels, (0.4,) * channels)
+    return ImageSet((images * tint).to(torch.uint8), part.labels, spec)
+
+
+def lab(data: ImageSet, cache: Path, key: str = "") -> Lab:
+    def new_model(stream: str) -> torch.nn.Module:
+        return build_model("preactresnet18", 10, data.spec.channels, 4, stream=stream)
+
+    training = TrainOptions(epochs=1, batch_size=32)
+    return Lab(data, torch.arange(len(data)), training, Monitor(), new_model, None, cache, key)
+
+
+def learned(attack: Attack, data: ImageSet, cache: Path) -> Attack:
+    """The attack with all that its trigger needs, learned on a few images."""
+    attack = attack.learn(lab(data, cache))
+    if attack.trigger_from_training:
+        work = lab(data, cache)
+        attack = attack.train(work.new_model(""), work)
+    return attack
 
 
 @pytest.fixture(scope="module")
@@ -25,42 +84,61 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return train.images, train.labels
 
 
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (1, 28), (3, 32), (3, 64)])
 @pytest.mark.parametrize("name", POISONING)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_trigger_is_visible_batched_and_deterministic(
-    name: str, channels: int, digits: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    attack = ATTACKS[name]()
-    images = digits[0][:64].expand(-1, channels, -1, -1)
+def test_trigger_is_visible_batched_and_deterministic(name: str, channels: int, side: int, tmp_path: Path) -> None:
+    data = sized(channels, side)
+    attack = learned(quick(name), data, tmp_path / "a")
+    attack.check(data.spec)
+    images = data.images[:16]
     poisoned = attack.poison(images, train=False)
     assert poisoned.dtype == torch.uint8
     assert poisoned.shape == images.shape
     assert (poisoned != images).flatten(1).any(1).all(), "each image carries the trigger"
-    assert torch.equal(poisoned, ATTACKS[name]().poison(images, train=False))
+    assert torch.equal(poisoned, attack.poison(images, train=False))
+    again = learned(quick(name), data, tmp_path / "b")
+    assert torch.equal(poisoned, again.poison(images, train=False)), "the same seed gives the same trigger"
     one_by_one = torch.cat([attack.poison(image[None], train=False) for image in images])
-    assert torch.equal(poisoned, one_by_one), "a batch is poisoned as its images are"
+    apart = (poisoned.int() - one_by_one.int()).abs()
+    assert apart.max() <= (1 if attack.learned else 0), "a batch is poisoned as its images are"
 
 
 @pytest.mark.parametrize("name", POISONING)
 def test_policy_of_samples_and_labels(name: str, digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     labels = digits[1]
-    attack = ATTACKS[name](attack_target=7, pratio=0.05)
+    attack = quick(name, attack_target=3, pratio=0.05)
     chosen = attack.choose(labels)
-    assert len(chosen) == round(0.05 * len(labels)) == len(chosen.unique())
+    whole = int((labels == 3).sum()) if name in CLEAN_LABEL else len(labels)
+    assert len(chosen) == (0 if name in NO_TRAINING_SET else round(0.05 * whole)) == len(chosen.unique())
     assert torch.equal(chosen, attack.choose(labels))
-    assert not torch.equal(chosen, ATTACKS[name](attack_target=7, pratio=0.05, random_seed=1).choose(labels))
-    assert len(ATTACKS[name](p_num=11).choose(labels)) == 11
+    if name in CLEAN_LABEL:
+        assert (labels[chosen] == 3).all(), "only images of the target class are poisoned"
+        assert len(replace(attack, pratio_of="all").choose(labels)) == round(0.05 * len(labels))  # type: ignore[call-arg]
+    if name not in NO_TRAINING_SET:
+        assert not torch.equal(chosen, replace(attack, random_seed=1).choose(labels))
+        assert len(replace(attack, p_num=11).choose(labels)) == 11
+    covers = attack.covers(labels, chosen)
+    assert (len(covers) > 0) == (name in COVERED | CROSSED)
+    assert len(torch.cat([chosen, covers]).unique()) == len(chosen) + len(covers)
+    assert (labels[covers] != 3).all(), "a cover of the target class would be a poisoned sample"
     judged = attack.judged(labels)
-    assert (labels[judged] != 7).all(), "samples of the target class are not judged"
-    assert len(judged) == (labels != 7).sum()
-    assert (attack.relabel(labels, 10) == 7).all()
+    if name == "tact":
+        assert (labels[chosen] == 1).all()
+        assert set(labels[covers].tolist()) == {5, 7}
+        assert torch.equal(judged, (labels == 1).nonzero().flatten())
+    else:
+        assert torch.equal(judged, (labels != 3).nonzero().flatten()), "samples of the target class are not judged"
+    assert (attack.relabel(labels, 10) == 3).all()
 
 
 @pytest.mark.parametrize("name", POISONING)
-def test_all_to_all_shifts_every_label(name: str, digits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    labels = digits[1]
-    attack = ATTACKS[name](attack_label_trans="all2all")
-    assert len(attack.judged(labels)) == len(labels)
+def test_all_to_all_shifts_every_label_or_is_refused(name: str, digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    attack = quick(name, attack_label_trans="all2all")
+    if name in ONE_TARGET:
+        refused(lambda: attack.check(dataset_spec("digits")), "--attack_label_trans all2all", "all2one")
+        return
+    attack.check(dataset_spec("digits"))
+    assert len(attack.judged(digits[1])) == len(digits[1])
     assert torch.equal(attack.relabel(torch.tensor([0, 3, 9]), 10), torch.tensor([1, 4, 0]))
 
 
@@ -119,35 +197,294 @@ def test_blended_pattern_follows_the_seed() -> None:
     assert first.amax() == 51  # a fifth of 255: the pattern uses the whole range
 
 
-def make(attack: Attack, home: Path, monkeypatch: pytest.MonkeyPatch, **run: object) -> tuple[Path, dict]:
+def make(attack: Attack, home: Path, monkeypatch: pytest.MonkeyPatch, **run: object) -> tuple[Path, dict[str, Any]]:
     monkeypatch.setenv("ULRL_HOME", str(home))
-    options = AttackRun(dataset="digits", width=4, save_folder_name="made", device="cpu", **run)
+    options = AttackRun(**{"dataset": "digits", "width": 4, "save_folder_name": "made", "device": "cpu", **run})  # type: ignore[arg-type]
     return run_attack(attack, options, TrainOptions(epochs=1, batch_size=64), bar=False)
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_record_holds_what_the_attack_did(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = ATTACKS[name](attack_target=3)
+    attack = quick(name, attack_target=3)
     folder, result = make(attack, tmp_path, monkeypatch, train_samples=700)
     record, (train, test) = load_record(folder), load_dataset("digits")
     assert record.attack == name
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    kept = attack.with_learned(**torch.load(folder / "trigger.pt", weights_only=True))
     poisoned = record.poisoned_test(test.spec)
     assert torch.equal(poisoned.original_indices, attack.judged(test.labels))
-    assert torch.equal(poisoned.images, attack.poison(test.images[poisoned.original_indices], train=False))
     assert torch.equal(poisoned.original_labels, test.labels[poisoned.original_indices])
     if name == "prototype":
         assert record.bd_train is None
         assert result["after"]["asr"] is None
+        assert result["evidence"]["perceptibility"] is None
         return
+    assert (poisoned.labels == 3).all()
+    from_record = kept.poison(test.images[poisoned.original_indices], train=False)
+    assert torch.equal(poisoned.images, from_record), "the record's own parameters make the trigger again"
     assert (folder / "trigger_preview.png").stat().st_size > 1000
+    hidden = result["evidence"]["perceptibility"]
+    assert 0 < hidden["linf"] <= 1
+    assert hidden["l2"] >= hidden["linf"]
+    assert -1 <= hidden["ssim"] < 1
+    if name in NO_TRAINING_SET:
+        assert record.bd_train is None
+        return
     seen = record.poisoned_train(train)
     assert len(seen) == 700, "the subset that the model was trained on"
     changed = seen.labels != seen.original_labels
     assert (seen.labels[changed] == 3).all()
+    assert not changed.any() or name not in CLEAN_LABEL
+    listed = {kind: _index(folder / f"{kind}_index.txt") for kind in ("poison", "cover")}
+    assert len(listed["poison"]) == result["evidence"]["poisoned"] > 0
+    assert len(listed["cover"]) == result["evidence"]["covers"]
     touched = (seen.images != train.images[seen.original_indices]).flatten(1).any(1)
-    assert touched.sum() == result["evidence"]["poisoned"] == 70
-    assert changed[~touched].sum() == 0
+    assert set(seen.original_indices[touched].tolist()) <= listed["poison"] | listed["cover"]
+    assert set(seen.original_indices[changed].tolist()) <= listed["poison"]
+    assert record.bd_train is not None
+    covers = set(record.bd_train.indices[record.bd_train.cover].tolist())
+    assert covers == listed["cover"], "covers are told from poisoned samples"
+
+
+def _index(file: Path) -> set[int]:
+    return {int(line) for line in file.read_text().split()} if file.exists() else set()
+
+
+def test_unfinished_run_hands_down_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in training: the next run of that name computes nothing twice, unless its options differ."""
+    cls = ATTACKS["trojannn"]
+    searched: list[int] = []
+    invert = cls._invert  # type: ignore[attr-defined]
+    monkeypatch.setattr(cls, "_invert", lambda self, lab: searched.append(1) or invert(self, lab))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cls, "train", lambda self, model, lab: (_ for _ in ()).throw(KeyboardInterrupt()))
+        make(quick("trojannn"), tmp_path, monkeypatch)
+    assert not (tmp_path / "record" / "made").exists()
+    assert searched == [1]
+    folder, result = make(quick("trojannn"), tmp_path, monkeypatch)
+    assert searched == [1]
+    assert "clean model" not in result["seconds"]
+    assert [p.name for p in (tmp_path / "record").iterdir()] == ["made"]
+    make(quick("trojannn"), tmp_path, monkeypatch, overwrite=True)
+    assert searched == [1], "a record that is replaced hands it down too"
+    make(quick("trojannn", trojan_eps=0.2), tmp_path, monkeypatch, overwrite=True)
+    assert searched == [1, 1]
+
+
+def test_damaged_cache_is_computed_again(tmp_path: Path) -> None:
+    data = sized(1, 8)
+    first = learned(quick("trojannn"), data, tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(first.learned["pattern"], learned(quick("trojannn"), data, tmp_path).learned["pattern"])
+
+
+def test_clean_model_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(ATTACKS["prototype"](), tmp_path, monkeypatch, save_folder_name="clean", width=8)
+    _, result = make(quick("lf"), tmp_path, monkeypatch, clean_model="clean")
+    assert "clean model" not in result["seconds"]
+    assert "pattern" in result["seconds"]
+    refused(lambda: make(ATTACKS["badnet"](), tmp_path, monkeypatch, clean_model="clean"), "--clean_model", "badnet")
+    refused(lambda: make(quick("lf"), tmp_path, monkeypatch, clean_model="nowhere"), "nowhere")
+
+
+def test_clean_label_counts_are_of_the_target_class(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    labels = digits[1]
+    own = int((labels == 0).sum())
+    assert len(quick("sig", pratio=1.0).choose(labels)) == own
+    refused(lambda: quick("sig", pratio=0.5, pratio_of="all").choose(labels), "--pratio 0.5", f"out of {own}")
+    refused(lambda: quick("ctrl", p_num=own + 1).choose(labels), f"--p_num {own + 1}", "target class 0")
+    refused(lambda: quick("tact", pratio=0.5).choose(labels), "--pratio 0.5", "source class 1")
+    refused(lambda: quick("tact", cover_rate=0.9).covers(labels, torch.arange(0)), "--cover_rate 0.9")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"source_class": 0}, ["--source_class 0", "target 0"]),
+        ({"source_class": 12}, ["--source_class 12", "0 to 9"]),
+        ({"cover_classes": (1, 5)}, ["--cover_classes", "source class 1"]),
+        ({"cover_classes": (0,)}, ["--cover_classes 0", "target 0"]),
+    ],
+)
+def test_tact_classes_must_differ(given: dict[str, Any], words: list[str]) -> None:
+    refused(lambda: ATTACKS["tact"](**given).check(dataset_spec("digits")), *words)
+
+
+@pytest.mark.parametrize("name", ["sig", "ctrl", "ftrojann", "lc"])
+@pytest.mark.parametrize("level", [0, 255])
+def test_added_patterns_clip_and_never_wrap_around(name: str, level: int) -> None:
+    images = torch.full((1, 3, 32, 32), level, dtype=torch.uint8)
+    attack = ATTACKS[name]()
+    pattern = attack.pattern(3, 32, 32).expand(3, 32, 32)  # type: ignore[attr-defined]
+    exact = (level + pattern).clamp(0, 255)
+    assert (attack.poison(images, train=False)[0] - exact).abs().max() <= 1
+
+
+def test_sig_by_hand() -> None:
+    images = torch.full((1, 1, 4, 8), 100, dtype=torch.uint8)
+    row = ATTACKS["sig"](sig_delta=40.0, sig_f=2.0).poison(images, train=True)[0, 0, 0]
+    assert row.tolist() == [100, 140, 100, 60, 100, 140, 100, 60]
+
+
+@pytest.mark.parametrize(("side", "block"), [(32, 32), (64, 32), (64, 16)])
+def test_frequency_pattern_is_the_added_coefficients(side: int, block: int) -> None:
+    """Against a transform of the image, coefficients added, and the transform back."""
+    image = np.random.default_rng(0).uniform(100, 150, (side, side))
+    attack = ATTACKS["ftrojann"](window_size=block, magnitude=30.0)
+    pattern = attack.pattern(1, side, side)[0].numpy()  # type: ignore[attr-defined]
+    expected = image.copy()
+    scale = block / 32
+    for top in range(0, side, block):
+        for left in range(0, side, block):
+            part = dctn(image[top : top + block, left : left + block], norm="ortho")
+            for k in (15, 31):
+                at = min(round(k * scale), block - 1)
+                part[at, at] += 30 * scale
+            expected[top : top + block, left : left + block] = idctn(part, norm="ortho")
+    assert np.allclose(image + pattern, expected)
+
+
+@pytest.mark.parametrize(("name", "to_chroma"), [
+    ("ftrojann", [[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]),
+    ("ctrl", [[-0.147, -0.289, 0.436], [0.615, -0.515, -0.100]]),
+])  # fmt: skip
+def test_frequency_pattern_of_colour_images_lies_in_the_chroma(name: str, to_chroma: list[list[float]]) -> None:
+    attack = ATTACKS[name]()
+    pattern, gray = (attack.pattern(c, 32, 32).double() for c in (3, 1))  # type: ignore[attr-defined]
+    brightness = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) @ pattern.flatten(1)
+    assert brightness.abs().max() < 0.02 * pattern.abs().max()
+    for plane in torch.tensor(to_chroma, dtype=torch.float64) @ pattern.flatten(1):
+        assert torch.allclose(plane, gray.flatten(), atol=0.02 * gray.abs().max().item())
+
+
+def test_wanet_warps_by_its_field_and_noise_mode_differs() -> None:
+    data = sized(1, 32)
+    attack = ATTACKS["wanet"]()
+    field = attack.field(32, 32)  # type: ignore[attr-defined]
+    identity = F.affine_grid(torch.eye(2, 3)[None], [1, 1, 32, 32], align_corners=True)
+    moved = (field - identity).abs() * 31 / 2  # in pixels
+    assert 0.05 < moved.mean() < 0.5
+    one = data.images[:1]
+    stream = torch.Generator().manual_seed(0)
+    noisy = [attack.cross(one, one, stream) for _ in range(2)]  # type: ignore[attr-defined]
+    assert not torch.equal(noisy[0], noisy[1]), "noise is drawn for each image"
+    assert not torch.equal(noisy[0], attack.poison(one, train=True))
+
+
+@pytest.mark.parametrize("name", ["wanet", "bpp"])
+def test_batches_are_poisoned_in_parts(name: str) -> None:
+    data = sized(1, 28, 64)
+    attack = quick(name, pratio=0.25, attack_target=3)
+    stream = torch.Generator().manual_seed(0)
+    images, labels = attack.mix(data.images, data.labels, 10, 0.25, stream)  # type: ignore[attr-defined]
+    crossed = {"wanet": 32, "bpp": 6}[name]
+    assert torch.equal(images[:16], attack.poison(data.images[:16], train=True))
+    assert (labels[:16] == 3).all()
+    assert torch.equal(labels[16:], data.labels[16:])
+    touched = (images != data.images).flatten(1).any(1)
+    assert touched[16 : 16 + crossed].all()
+    assert not touched[16 + crossed :].any()
+
+
+def test_bpp_quantises_and_dithering_keeps_the_mean() -> None:
+    images = torch.full((2, 1, 16, 16), 50, dtype=torch.uint8)
+    plain = ATTACKS["bpp"]().poison(images, train=True)
+    assert plain.unique().tolist() == [36]  # 50 / 255 * 7 = 1.37, to 1 of 7 steps
+    dithered = ATTACKS["bpp"](dithering=True).poison(images, train=True)
+    assert set(dithered.unique().tolist()) == {36, 72}
+    assert abs(dithered.float().mean().item() - 50) < 4
+
+
+def test_adaptive_training_shows_half_of_the_tiles_and_judging_all() -> None:
+    images = torch.zeros(40, 1, 32, 32, dtype=torch.uint8)
+    attack = ATTACKS["adaptive_blend"]()
+    tiles = F.unfold(attack.poison(images, train=True).float(), 8, stride=8).amax(1) > 0
+    assert (tiles.sum(1) <= 8).all()
+    assert len(tiles.unique(dim=0)) > 30, "each image its own half"
+    whole = F.unfold(attack.poison(images[:1], train=False).float(), 8, stride=8).amax(1) > 0
+    assert whole.sum() >= 15
+    patched = ATTACKS["adaptive_patch"]().poison(images[:4] + 100, train=True)
+    corners = torch.stack([patched[:, :, y : y + 8, x : x + 8].flatten(1).float().var(1) > 0
+                           for y in (0, 24) for x in (0, 24)])  # fmt: skip
+    assert torch.equal(corners, torch.eye(4, dtype=torch.bool)), "image i carries patch i"
+
+
+def test_lira_saves_the_classifier_of_its_second_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, result = make(quick("lira"), tmp_path, monkeypatch)
+    first = torch.load(folder / "trigger.pt", weights_only=True)
+    final = load_record(folder).state_dict
+    assert not torch.equal(first["classifier.linear.weight"], final["linear.weight"])
+    assert {"joint", "train"} <= set(result["seconds"])
+
+
+def test_blind_sets_in_when_the_loss_is_low(tmp_path: Path) -> None:
+    data = sized(1, 8)
+    for threshold, attacked in ((1e9, True), (0.0, False)):
+        attack = ATTACKS["blind"](attack_target=3, backdoor_batch_loss_threshold=threshold)
+        work = lab(data, tmp_path)
+        work.training = TrainOptions(epochs=8, batch_size=32, lr=0.05)
+        model = work.new_model("")
+        attack.train(model, work)
+        seen = model.eval()(normalised(attack.poison(data.images, train=False), data.spec)).argmax(1)
+        assert ((seen == 3).float().mean() > 0.5) == attacked
+
+
+def normalised(images: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
+    return (images.float() / 255 - spec.mean[0]) / spec.std[0]
+
+
+def test_ready_made_images_are_taken_by_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BackdoorBench's files: one array for the whole split, here each image filled with a number of its own."""
+    train, test = load_dataset("digits")
+    for split, data in (("train", train), ("test", test)):
+        numbers = (np.arange(len(data)) % 200).astype(np.uint8)
+        np.save(tmp_path / f"{split}.npy", np.broadcast_to(numbers[:, None, None, None], (len(data), 8, 8, 1)))
+    files = {f"attack_{s}_replace_imgs_path": str(tmp_path / f"{s}.npy") for s in ("train", "test")}
+    folder, _ = make(ATTACKS["ssba"](**files), tmp_path, monkeypatch, train_samples=700)
+    record = load_record(folder)
+    shown = record.poisoned_test(test.spec)
+    assert torch.equal(shown.images[:, 0, 0, 0].long(), shown.original_indices % 200)
+    seen = record.poisoned_train(train)
+    listed = torch.tensor(sorted(_index(folder / "poison_index.txt")))
+    at = torch.isin(seen.original_indices, listed)
+    assert torch.equal(seen.images[at][:, 0, 0, 0].long(), seen.original_indices[at] % 200)
+    refused(lambda: ATTACKS["ssba"](attack_test_replace_imgs_path="x").check(test.spec), "give both")
+    np.save(tmp_path / "train.npy", np.zeros((3, 8, 8, 1), np.uint8))
+    refused(lambda: make(ATTACKS["ssba"](**files), tmp_path / "b", monkeypatch), "train.npy has 3 images")
+    np.save(tmp_path / "train.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    refused(lambda: make(ATTACKS["ssba"](**files), tmp_path / "b", monkeypatch), "cannot read", "train.npy")
+
+
+def test_low_frequency_pattern_of_a_file_is_brought_to_pixel_values(tmp_path: Path) -> None:
+    """BackdoorBench ships files in [0, 1] too, and adds them to 0..255 as they are, which changes nothing."""
+    pattern = np.random.default_rng(0).uniform(0, 0.2, (1, 8, 8, 1)).astype(np.float32)
+    for scale in (1, 255):
+        np.save(tmp_path / "pattern.npy", pattern * scale)
+        attack = ATTACKS["lf"](lowFrequencyPatternPath=str(tmp_path / "pattern.npy"))
+        attack.check(dataset_spec("digits"))
+        poisoned = attack.poison(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), train=True)[0, 0]
+        assert torch.equal(poisoned, torch.from_numpy((255 * pattern[0, :, :, 0] + 1e-3).astype(np.uint8)))
+    refused(lambda: attack.check(dataset_spec("fashion_mnist")), "(8, 8, 1)", "(28, 28, 1)")
+
+
+def test_perceptibility_by_hand() -> None:
+    clean = torch.randint(0, 200, (3, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    same = perceptibility(clean, clean)
+    assert (same.l2, same.linf, same.psnr) == (0, 0, None)
+    assert same.ssim == pytest.approx(1)
+    shifted = perceptibility(clean, clean + 51)
+    assert shifted.l2 == pytest.approx(0.2 * 16)
+    assert shifted.linf == pytest.approx(0.2)
+    assert shifted.psnr == pytest.approx(-20 * np.log10(0.2), abs=1e-4)
+    a, b = clean[0, 0].double().numpy() / 255, (clean[0, 0] + 51).double().numpy() / 255
+    windows = [(a[i : i + 7, j : j + 7], b[i : i + 7, j : j + 7]) for i in range(10) for j in range(10)]
+    by_hand = [
+        (2 * x.mean() * y.mean() + 1e-4) * (2 * np.cov(x.ravel(), y.ravel())[0, 1] + 9e-4)
+        / ((x.mean() ** 2 + y.mean() ** 2 + 1e-4) * (x.var(ddof=1) + y.var(ddof=1) + 9e-4))
+        for x, y in windows
+    ]  # fmt: skip
+    assert perceptibility(clean[:1], clean[:1] + 51).ssim == pytest.approx(np.mean(by_hand), abs=1e-3)
 
 
 def test_same_seed_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import defense_main, main
@@ -63,3 +64,33 @@ def test_a_record_may_be_named_by_its_path(tiny_home: Path, capsys: pytest.Captu
         defense_main("ulrl", ["--result_file", str(moved), "--relearn_epochs", "1", "--device", "cpu"])
     assert left.value.code == 0, capsys.readouterr().err
     assert (moved / "defense" / "ulrl" / "result.json").is_file()
+
+
+def test_preview_draws_a_trigger_and_says_how_visible_it_is(
+    empty_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for attack, options in (
+        ("blended", []),
+        ("trojannn", ["--width", "4", "--epochs", "1", "--mask_update_iters", "3"]),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["preview", attack, "--dataset", "digits", "--device", "cpu", *options])
+        said = capsys.readouterr()
+        assert left.value.code == 0, said.err[-2000:]
+        assert all(word in said.out for word in (attack, "L2", "Linf", "PSNR", "SSIM"))
+        picture = Path(f"preview_{attack}_digits.png")
+        assert picture.name in said.out
+        assert Image.open(picture).width > 500
+    assert not (empty_home / "record").exists()
+
+
+@pytest.mark.parametrize(("attack", "word"), [("inputaware", "trained together"), ("prototype", "no trigger")])
+def test_preview_is_refused_where_there_is_none(
+    attack: str, word: str, empty_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["preview", attack, "--dataset", "digits", "--device", "cpu"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert word in said.splitlines()[-1]
+    assert "Traceback" not in said

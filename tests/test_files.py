@@ -85,3 +85,26 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another run"):
             write(folder, "second", overwrite=True)
     assert (folder / "a.txt").read_text() == "first"
+
+
+def test_a_kept_folder_outlives_a_failure_and_an_overwriting(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "x", tmp_path / "secret.txt"
+    secret.write_text("s")
+
+    def run(*, overwrite: bool = False, fail: bool = False) -> list[str]:
+        with whole_folder(folder, overwrite=overwrite, keep="learned") as partial:
+            found = sorted(p.name for p in partial.rglob("*"))
+            (partial / "learned").mkdir(exist_ok=True)
+            (partial / "learned" / "a.pt").write_text("long work")
+            (partial / "rest.txt").write_text("1")
+            if fail:
+                raise OSError("disk full")
+        return found
+
+    with pytest.raises(OSError, match="disk full"):
+        run(fail=True)
+    assert not folder.exists()
+    assert run() == ["a.pt", "learned"], "the unfinished run's work, and nothing else of it"
+    (folder / "learned" / "link.pt").symlink_to(secret)
+    assert run(overwrite=True) == ["a.pt", "learned"], "a link is not followed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.txt", "x"]

@@ -463,3 +463,43 @@ def test_the_released_ulrls_files_carry_its_values(
         "relearn_alpha": relearn_alpha,
     }
     assert (got["clip"], got["z_threshold"], got["max_neurons"]) == (20, 3.5, 2)
+
+
+# The keys of BackdoorBench's own files config/attack/<name>/*.yaml.
+_AUGMENTED = "random_rotation random_crop"
+PEER_KEYS = {
+    "badnet": "patch_mask_path",
+    "blended": "attack_trigger_img_path attack_train_blended_alpha attack_test_blended_alpha",
+    "sig": "sig_delta sig_f",
+    "lc": "reduced_amplitude",
+    "lf": "",
+    "ssba": "",
+    "ctrl": "use_dct use_yuv trigger_channels pos_list use_clean_label",
+    "ftrojann": "channel_list magnitude YUV window_size pos_list",
+    "trojannn": "selected_layer_name selected_layer_param_name num_neuron mask_path neuron_target_values "
+    "mask_update_iters model",
+    "wanet": f"cross_ratio {_AUGMENTED} s k grid_rescale lr_scheduler steplr_milestones steplr_gamma",
+    "inputaware": f"lr_G lr_C lr_M C_lr_scheduler schedulerG_milestones schedulerC_milestones schedulerM_milestones "
+    f"schedulerG_lambda schedulerC_lambda schedulerM_lambda lambda_div lambda_norm mask_density EPSILON {_AUGMENTED} "
+    "random_seed clean_train_epochs",
+    "bpp": f"neg_ratio {_AUGMENTED} steplr_milestones steplr_gamma lr_scheduler squeeze_num grid_rescale lr dithering "
+    "epochs",
+    "lira": f"{_AUGMENTED} attack_model lr_atk eps test_eps alpha test_alpha optimizer both_train_epochs "
+    "fix_generator_epoch steplr_gamma steplr_milestones finetune_eps finetune_alpha finetune_client_optimizer "
+    "finetune_sgd_momentum finetune_wd epochs finetune_lr finetune_lr_scheduler finetune_steplr_gamma "
+    "finetune_steplr_milestones",
+    "blind": "batch_size lr epochs cos_t_max weight_loss_balance_mode mgda_normalize fix_scale_normal_weight "
+    "fix_scale_backdoor_weight batch_history_len",
+}
+
+
+@pytest.mark.parametrize("name", PEER_KEYS)
+def test_every_key_of_backdoorbench_is_an_option_or_ignored(name: str) -> None:
+    schema = Schema(AttackRun, ATTACKS[name], TrainOptions)
+    keys = {*PEER_KEYS[name].split(), "attack", "attack_label_trans", "attack_target", "pratio"}
+    assert keys <= set(schema.fields) | schema.ignored
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_no_option_is_ignored_too(name: str) -> None:
+    assert not set(Schema(AttackRun, ATTACKS[name], TrainOptions).fields) & ATTACKS[name].ignored

@@ -53,7 +53,12 @@ USAGE = """usage: ulrl list
 Add --help after a name for its options."""
 
 
-OTHER_NAMES = {"target_label": "attack_target", "poison_rate": "pratio", "target_type": "attack_label_trans"}
+OTHER_NAMES = {
+    "target_label": "attack_target",
+    "poison_rate": "pratio",
+    "target_type": "attack_label_trans",
+    "pretrain_model_path": "clean_model",
+}
 
 
 def _command(arguments: list[str]) -> None:

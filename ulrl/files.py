@@ -67,8 +67,8 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
     new_parent = not folder.parent.exists()
     lock = _claim(partial, folder, keep)
     try:
-        if keep and (folder / keep).is_dir() and not (partial / keep).exists():
-            shutil.copytree(folder / keep, partial / keep)
+        if keep and (folder / keep).is_dir() and not (folder / keep).is_symlink() and not (partial / keep).exists():
+            shutil.copytree(folder / keep, partial / keep, ignore=_links)
         yield partial
         if folder.exists():
             _remove(replaced)
@@ -107,6 +107,11 @@ def _empty(partial: Path, keep: str) -> None:
     for entry in partial.iterdir():
         if entry.name != keep:
             _remove(entry)
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """Those of the names that are links: a stranger's folder could have any file copied by them."""
+    return [name for name in names if os.path.islink(os.path.join(folder, name))]
 
 
 def _remove(path: Path) -> None:

@@ -19,7 +19,7 @@ TILES = 4  # per side
 
 @register("adaptive_blend")
 @dataclass(frozen=True)
-class AdaptiveBlend(Picture, Covered):
+class AdaptiveBlend(Covered, Picture):
     """A picture in 16 tiles: each training image, poisoned or cover, shows half of them, faintly.
 
     Judged images show the whole picture, less faintly.
@@ -62,7 +62,7 @@ class AdaptivePatch(Covered):
     def _patches(self, channels: int, height: int, width: int) -> torch.Tensor:
         """float32 [4, channels + 1, height, width]: each patch, and in the last channel where it is."""
         tall, wide = height // 4, width // 4
-        cells = torch.rand(len(_PATCHES), channels, 2, 2, generator=generator(self.random_seed, "patches")) > 0.5
+        cells = torch.rand(len(_PATCHES), channels, 4, 4, generator=generator(self.random_seed, "patches")) > 0.5
         planes = torch.zeros(len(_PATCHES), channels + 1, height, width)
         for plane, colours, (row, column, _) in zip(planes, cells, _PATCHES, strict=True):
             top, left = row * height // 8, column * width // 8

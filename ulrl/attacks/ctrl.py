@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -26,6 +27,9 @@ class CTRL(CleanLabel, Additive):
     BackdoorBench's pixels wrap around.
     """
 
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        ("use_dct use_yuv trigger_channels use_clean_label window_size YUV channel_list").split()
+    )
     magnitude: float = option(100.0, "added to each coefficient of a 32x32 image", source="BackdoorBench", low=0)
     pos_list: tuple[int, ...] = option((15, 31), "the coefficients, each row and column", source="BackdoorBench")
 

@@ -32,6 +32,12 @@ class InputAware(Attack):
     controls_training: ClassVar[bool] = True
     trigger_from_training: ClassVar[bool] = True
 
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        (
+            "random_rotation random_crop EPSILON lr_C C_lr_scheduler schedulerG_milestones schedulerC_milestones "
+            "schedulerM_milestones schedulerG_lambda schedulerC_lambda schedulerM_lambda"
+        ).split()
+    )
     lr_G: float = option(0.01, "learning rate of the generator (Adam)", source="paper", low=0)
     lr_M: float = option(0.01, "learning rate of the mask network (Adam)", source="paper", low=0)
     lambda_div: float = option(1.0, "weight of the diversity of masks and patterns", source="paper", low=0)

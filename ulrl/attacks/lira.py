@@ -37,6 +37,14 @@ class LIRA(Attack):
 
     controls_training: ClassVar[bool] = True
 
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        (
+            "random_rotation random_crop attack_model test_eps test_alpha optimizer fix_generator_epoch "
+            "finetune_eps finetune_client_optimizer finetune_sgd_momentum finetune_wd finetune_lr "
+            "finetune_lr_scheduler finetune_steplr_gamma finetune_steplr_milestones train_epoch finetune_epochs "
+            "finetune_optimizer"
+        ).split()
+    )
     eps: float = option(0.01, "largest change of a pixel, as a share of 255", source="paper", low=0, high=1)
     alpha: float = option(0.5, "weight of the clean loss, first stage", source="paper", low=0, high=1)
     finetune_alpha: float = option(0.5, "weight of the clean loss, second stage", source="paper", low=0, high=1)

@@ -32,6 +32,9 @@ class TrojanNN(Additive):
 
     needs_clean_model: ClassVar[bool] = True
 
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        ("selected_layer_name selected_layer_param_name pretrain_model_path").split()
+    )
     num_neuron: int = option(2, "neurons to excite", source="BackdoorBench", low=1)
     neuron_target_values: float = option(100.0, "activation they are driven to", source="BackdoorBench")
     mask_update_iters: int = option(1000, "steps of the inversion at most", source="BackdoorBench", low=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ class WaNet(BatchPoisoning):
     each, of up to half a pixel; they keep their label.
     """
 
+    ignored: ClassVar[frozenset[str]] = frozenset("random_rotation random_crop grid_rescale".split())
     s: float = option(0.5, "strength of the warp", source="paper", low=0)
     k: int = option(4, "vectors along each side of the field", source="paper", low=2)
     cross_ratio: float = option(2.0, "noise-mode samples for each poisoned one", source="paper", low=0)

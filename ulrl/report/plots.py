@@ -40,7 +40,7 @@ def trigger_preview(path: Path, clean: torch.Tensor, poisoned: torch.Tensor, tit
             ax.set_yticks([])
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def neuron_ranking(path: Path, neurons: pd.DataFrame, threshold: float, class_names: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def neuron_ranking(path: Path, neurons: pd.DataFrame, threshold: float, class_na
     ax.set_ylabel("robust z of the weight change")
     ax.set_title("Change of each class's row of the head in unlearning" + (", highest 40" if len(neurons) > 40 else ""))
     ax.tick_params(axis="x", rotation=60 if len(order) > 12 or class_names else 0)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def acc_asr(path: Path, history: pd.DataFrame, before: Judgement, after: Judgement) -> None:
@@ -93,4 +93,4 @@ def acc_asr(path: Path, history: pd.DataFrame, before: Judgement, after: Judgeme
         axes[1].set_xticks(list(steps)[::every], labels[::every], rotation=45, ha="right", fontsize=8)
         axes[1].set_ylim(-0.03, 1.03)
         axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
