@@ -20,7 +20,7 @@ from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import DEFENSES
 from ulrl.models import build_model
-from ulrl.runs import peak_memory_mb
+from ulrl.runs.common import peak_memory_mb
 from ulrl.seeds import generator
 from ulrl.training import Monitor
 

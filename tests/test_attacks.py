@@ -23,7 +23,7 @@ from ulrl.errors import UserError
 from ulrl.metrics import perceptibility
 from ulrl.models import build_model
 from ulrl.record import load_record
-from ulrl.runs import AttackRun, run_attack
+from ulrl.runs.attacking import AttackRun, run_attack
 from ulrl.training import Monitor, TrainOptions
 
 CLEAN_LABEL = {"sig", "lc", "ctrl"}

@@ -22,7 +22,8 @@ from ulrl.models import load_model
 from ulrl.models.head import find_head
 from ulrl.options import Schema
 from ulrl.record import Record, load_record
-from ulrl.runs import AttackRun, DefenseRun, run_attack, run_defense
+from ulrl.runs.attacking import AttackRun, run_attack
+from ulrl.runs.defending import DefenseRun, run_defense
 from ulrl.training import Monitor, TrainOptions, judge
 
 TARGET = 7  # not 0: the released ULRL keeps the lowest flagged classes, which hides behind target 0

@@ -22,7 +22,8 @@ from ulrl.cli import attack_main, defense_main
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.options import IGNORED, Schema, option
-from ulrl.runs import AttackRun, DefenseRun
+from ulrl.runs.attacking import AttackRun
+from ulrl.runs.defending import DefenseRun
 from ulrl.training import TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +19,16 @@ from rich.table import Table
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import SPECS
-from ulrl.defenses.base import DEFENSES
+from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT, home
 from ulrl.models import MODELS
-from ulrl.options import Schema, Settings
-from ulrl.report.tables import perceptibility_table, result_table
-from ulrl.runs import AttackRun, DefenseRun, PreviewRun, find_record, pick_device, run_attack, run_defense, run_preview
+from ulrl.options import Schema, Settings, option
+from ulrl.record import Record
+from ulrl.report.tables import comparison_table, perceptibility_table, result_table
+from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
+from ulrl.runs.common import find_record, pick_device
+from ulrl.runs.defending import DefenseRun, run_defense, run_once
 from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -49,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 USAGE = """usage: ulrl list
        ulrl attack NAME [options]      as python attack/NAME.py
        ulrl defense NAME [options]     as python defense/NAME.py
+       ulrl compare RECORD --defenses NAME,NAME,... --seeds N     several defenses on one record, as a table
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
 Add --help after a name for its options."""
 
@@ -69,6 +74,8 @@ def _command(arguments: list[str]) -> None:
             _attack(name, rest)
         case ["defense", name, *rest] if not name.startswith("-"):
             _defense(name, rest)
+        case ["compare", record, *rest] if not record.startswith("-"):
+            _compare(record, rest)
         case ["preview", name, *rest] if not name.startswith("-"):
             _preview(name, rest)
         case ["--help" | "-h"]:
@@ -117,11 +124,46 @@ def _defense(name: str, argv: Sequence[str]) -> None:
     flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(cls) or "")
     given = _yaml_layer(schema, flags.get("yaml_path"), None)
     record = find_record(flags.get("result_file", given[1].get("result_file", "")))
+    defense, run = _defense_options(name, record, schema, flags, given)
+    folder, result = run_defense(defense, record, run)
+    _report(folder, result)
+
+
+def _defense_options(
+    name: str, record: Record, schema: Schema, flags: dict[str, Any], given: tuple[str, dict[str, Any]]
+) -> tuple[Defense, DefenseRun]:
     if not given[1]:
         given = _yaml_layer(schema, None, Path("config/defense") / name / f"{record.dataset}.yaml")
     settings = _merge(schema, flags, given)
-    folder, result = run_defense(settings.build(cls), record, settings.build(DefenseRun))
-    _report(folder, result)
+    return settings.build(DEFENSES[name]), settings.build(DefenseRun)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which defenses to compare, and how often to run each."""
+
+    defenses: str = option("ulrl,ft", "names, with commas between")
+    seeds: int = option(1, "runs of each, with seeds 0, 1, ...: other clean samples, other randomness", low=1)
+    overwrite: bool = option(False, "run again what has a result")
+
+
+def _compare(record_name: str, argv: Sequence[str]) -> None:
+    """Each defense as its script would run it, every seed into a folder of its own; what is there is kept."""
+    schema = Schema(Comparison, DefenseRun)
+    flags = schema.flags(argv, "ulrl compare RECORD", "Run several defenses on one record and compare them.")
+    settings, _ = schema.merge(("flag", flags))
+    comparison = settings.build(Comparison)
+    shared = {k: v for k, v in flags.items() if k not in ("defenses", "seeds", "overwrite")}
+    record, results = find_record(record_name), []
+    names = [name.strip() for name in comparison.defenses.split(",")]
+    classes = [DEFENSES[name] for name in names]  # an unknown one is told before any has run
+    for seed in range(comparison.seeds):
+        for name, cls in zip(names, classes, strict=True):
+            both = Schema(DefenseRun, cls)
+            defense, run = _defense_options(name, record, both, {**shared, "random_seed": seed}, ("", {}))
+            run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
+            results.append(run_once(defense, record, run, overwrite=comparison.overwrite))
+    _print(comparison_table(record.name, results))
 
 
 def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pandas as pd
+from rich.markup import escape
 from rich.table import Table
+
+ORACLE = " (oracle)"
 
 
 def _percent(value: float | None) -> str:
@@ -26,12 +31,61 @@ def result_table(result: dict[str, Any]) -> Table:
             table.add_row(name, *(_percent(result[row][k]) for k in ("acc", "asr", "ra")))
     if result["kind"] == "defense":
         table.add_section()
+        if oracle := result.get("oracle"):  # chosen by looking at the test set: never the defense's own figure
+            table.add_row("(oracle)", *(_percent(oracle[k]) for k in ("acc", "asr", "ra")))
         table.add_row("DER %", "", _percent(result["der"]), "")
         table.add_row("flagged", "", ", ".join(map(str, result["flagged"])) or "none", "")
     table.add_section()
     for stage, seconds in result["seconds"].items():
         table.add_row(f"{stage}, s", "", f"{seconds:.1f}", "")
     return table
+
+
+def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
+    """Defenses on one record: mean +- sample standard deviation over their runs, in percent; the best in bold.
+
+    results: `result.json` of each run. n is the number of runs. The oracle rows are what the test set would
+    have chosen; they compete for nothing.
+    """
+    frame = pd.DataFrame(
+        [
+            {
+                "method": r["method"], "seconds": r["seconds"]["total"] - r["seconds"]["judge"],
+                "der": r["der"], **{k: r["after"][k] for k in ("acc", "asr", "ra")},
+            }
+            for r in results
+        ]
+        + [
+            {"method": r["method"] + ORACLE, **{k: r["oracle"][k] for k in ("acc", "asr", "ra")}}
+            for r in results if r.get("oracle")
+        ]
+    )  # fmt: skip
+    figures = ["acc", "asr", "ra", "der", "seconds"]
+    frame[figures] = frame[figures].astype(float)  # a clean model's record has no ASR at all
+    groups = frame.groupby("method", sort=False)
+    mean, deviation = (part.to_dict("index") for part in (groups[figures].mean(), groups[figures].std()))
+    own = [row for method, row in mean.items() if not str(method).endswith(ORACLE)]
+    best = {k: pick(row[k] for row in own) for k, pick in (("acc", max), ("asr", min), ("ra", max), ("der", max))}
+    table = Table(title=f"defenses on {record}", title_style="bold", caption="mean ± sample standard deviation")
+    for column in ("", "ACC %", "ASR %", "RA %", "DER %", "s", "n"):
+        table.add_column(column, justify="right" if column else "left")
+    before = results[0]["before"]
+    table.add_row("before", *(_percent(before[k]) for k in ("acc", "asr", "ra")), "", "", "")
+    table.add_section()
+    for method, size in groups.size().items():
+        row, cells = mean[method], []
+        for key, top in best.items():
+            text = _spread(row[key], deviation[method][key])
+            cells.append(f"[bold]{text}[/bold]" if row in own and row[key] == top else text)
+        seconds = "-" if math.isnan(row["seconds"]) else f"{row['seconds']:.1f}"
+        table.add_row(escape(str(method)), *cells, seconds, str(size))
+    return table
+
+
+def _spread(mean: float, deviation: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{100 * mean:.2f}" + ("" if math.isnan(deviation) else f" ± {100 * deviation:.2f}")
 
 
 def perceptibility_table(attack: str, dataset: str, figures: dict[str, float | None]) -> Table:

@@ -1,0 +1,1 @@
+"""Runs: the only place where record, method, judge and results meet."""

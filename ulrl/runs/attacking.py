@@ -1,0 +1,269 @@
+"""One attack from start to end: the only place where it, the judge and its record meet."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ulrl.attacks.base import Attack
+from ulrl.attacks.lab import Lab
+from ulrl.data.datasets import dataset_spec, load_dataset
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.errors import UserError
+from ulrl.files import home, save_torch, whole_file, whole_folder
+from ulrl.metrics import Judgement, perceptibility
+from ulrl.models import WIDTH, build_model, load_model
+from ulrl.options import option
+from ulrl.record import write_record
+from ulrl.report import plots
+from ulrl.runs.common import (
+    Course,
+    RunOptions,
+    environment,
+    find_record,
+    log_file,
+    options_of,
+    peak_memory_mb,
+    pick_device,
+    stage_seconds,
+    test_row,
+    timed_judge,
+    write_index,
+    write_json,
+)
+from ulrl.seeds import generator
+from ulrl.training import Monitor, TrainOptions
+
+log = logging.getLogger(__name__)
+
+PREVIEWS = 8
+PREVIEWED = 1000  # images that perceptibility is averaged over
+LEARNED = "learned"  # folder of a record: what its attack computed before training
+
+
+@dataclass(frozen=True)
+class PreviewRun(RunOptions):
+    """What data and what network an attack is made for."""
+
+    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml")
+    bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
+    dataset: str = option("digits", "data set", source="embedded, needs no download")
+    train_samples: int | None = option(None, "train on a random subset of this many images", low=2)
+    model: str = option("preactresnet18", "architecture", source="BackdoorBench")
+    width: int = option(WIDTH, "channels of preactresnet18's first layer", source="BackdoorBench's net", low=1)
+    clean_model: str | None = option(
+        None, "record of a clean model of that architecture, for an attack that needs one; else it trains its own"
+    )
+
+
+@dataclass(frozen=True)
+class AttackRun(PreviewRun):
+    """What to train and where the record goes."""
+
+    save_folder_name: str | None = option(None, "name of the record; else made from attack, data set and time")
+    overwrite: bool = option(False, "replace a record of that name")
+
+
+def run_attack(
+    attack: Attack, run: AttackRun, training: TrainOptions, *, bar: bool = True
+) -> tuple[Path, dict[str, Any]]:
+    """Train a backdoored model and write its record: the record's folder and its `result.json`.
+
+    Nothing appears under that name before all of it is there.
+
+    Raises:
+        UserError: bad options, data that is not there, a record of that name.
+    """
+    start = time.perf_counter()
+    spec = dataset_spec(run.dataset)
+    attack.check(spec)
+    device = pick_device(run.device)
+    clean_model = _clean_model(attack, run, device)
+    name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    with whole_folder(home() / "record" / name, overwrite=run.overwrite, keep=LEARNED) as folder, log_file(folder):
+        train, clean_test = load_dataset(run.dataset, run.dataset_path)
+        n_train, kept = len(train), _training_subset(len(train), run)
+        train, clean_test = (train.subset(kept) if len(kept) < n_train else train).to(device), clean_test.to(device)
+        chosen = attack.choose(train.labels.cpu())
+        covers = attack.covers(train.labels.cpu(), chosen)
+        judged = attack.judged(clean_test.labels)
+        course = Course(clean_test, None, training.amp, only="train")
+        monitor = Monitor(course, run.eval_every, bar=bar)
+        lab = _lab(attack, run, training, train, kept, monitor, clean_model, folder / LEARNED)
+        monitor.seconds["load"] = time.perf_counter() - start
+
+        attack = attack.learn(lab)
+        poisoned_train = None
+        if not attack.controls_training:
+            poisoned_train = _poison_training_set(attack, train, chosen, covers)
+            # The images are held once: the poisoned ones take the place of the clean ones.
+            at = poisoned_train.original_indices
+            train.images[at], train.labels[at] = poisoned_train.images, poisoned_train.labels
+        log.info(
+            "%s: %d of %d training images poisoned, %d covers%s", attack.name, len(chosen), len(train), len(covers),
+            ", drawn anew for each batch" if attack.controls_training else "",
+        )  # fmt: skip
+        if not attack.trigger_from_training:
+            course.poisoned = attack.poison_set(clean_test, judged, train=False)
+        model = lab.new_model("initialisation")
+        attack = attack.train(model, lab)
+        poisoned_test = course.poisoned or attack.poison_set(clean_test, judged, train=False)
+        if poisoned_train is None:
+            poisoned_train = _poison_training_set(attack, train, chosen, covers)
+        after = timed_judge(monitor, model, clean_test, poisoned_test, training.amp)
+
+        poisoned_train = replace(poisoned_train, original_indices=kept[poisoned_train.original_indices.cpu()])
+        write_record(
+            folder, final_name=name, model_name=run.model, num_classes=spec.num_classes,
+            state_dict=model.state_dict(), spec=spec, poisoned_test=poisoned_test, n_test=len(clean_test),
+            poisoned_train=poisoned_train if len(poisoned_train) else None, n_train=n_train, train_indices=kept,
+            info=_info(attack, run, training, name),
+        )  # fmt: skip
+        for file, positions in (("poison_index.txt", chosen), ("cover_index.txt", covers)):
+            if len(positions):
+                write_index(folder / file, kept[positions])
+        trigger = {key: tensor.detach().cpu() for key, tensor in attack.parameters(spec).items()}
+        save_torch(trigger, folder / "trigger.pt")
+        history = course.with_history([row for row in monitor.history if row["stage"] == "train"])
+        _attack_df(history, after, -(-len(train) // training.batch_size)).to_csv(folder / "attack_df.csv")
+        preview = folder / "trigger_preview.png"
+        figures = _show_trigger(preview, clean_test, poisoned_test) if len(judged) else None
+        result = {
+            "schema": 1, "kind": "attack", "method": attack.name, "record": name, "attack": attack.name,
+            "dataset": run.dataset, "model": run.model, "options": options_of(attack, run, training),
+            "seed": run.random_seed, "clean_samples": None, "after": asdict(after),
+            "der": None, "flagged": [], "seconds": stage_seconds(monitor, start),
+            "peak_memory_mb": peak_memory_mb(device),
+            "evidence": {
+                "poisoned": len(chosen), "covers": len(covers), "train_samples": len(train),
+                "perceptibility": figures,
+            },
+            "environment": environment(device),
+        }  # fmt: skip
+        write_json(folder / "result.json", result)
+    return home() / "record" / name, result
+
+
+def run_preview(
+    attack: Attack, run: PreviewRun, training: TrainOptions, *, bar: bool = True
+) -> tuple[Path, dict[str, float | None]]:
+    """Draw an attack's trigger without training a backdoored model: the picture's path, its perceptibility.
+
+    A trigger that is computed against a clean model is computed first.
+
+    Raises:
+        UserError: bad options, data that is not there, a trigger that comes out of the training itself.
+    """
+    if attack.controls_training and type(attack).learn is not Attack.learn:
+        raise UserError(
+            f"the trigger of {attack.name} is trained together with the model, so there is none to show before; "
+            f"run attack/{attack.name}.py, whose record holds trigger_preview.png"
+        )
+    spec = dataset_spec(run.dataset)
+    attack.check(spec)
+    device = pick_device(run.device)
+    clean_model = _clean_model(attack, run, device)
+    train, test = load_dataset(run.dataset, run.dataset_path)
+    kept = _training_subset(len(train), run)
+    train, test = train.subset(kept).to(device), test.to(device)
+    with tempfile.TemporaryDirectory() as cache:
+        lab = _lab(attack, run, training, train, kept, Monitor(bar=bar), clean_model, Path(cache))
+        attack = attack.learn(lab)
+    judged = attack.judged(test.labels)
+    if not len(judged):
+        raise UserError(f"{attack.name} has no trigger to show")
+    path = Path(f"preview_{attack.name}_{run.dataset}.png")
+    with whole_file(path) as partial:
+        figures = _show_trigger(partial, test, attack.poison_set(test, judged[:PREVIEWED], train=False))
+    return path, figures
+
+
+def _clean_model(attack: Attack, run: PreviewRun, device: torch.device) -> nn.Module | None:
+    """The clean model that the user named."""
+    if run.clean_model is None:
+        return None
+    if not attack.needs_clean_model:
+        raise UserError(f"--clean_model would have no effect: {attack.name} needs no clean model; leave it out")
+    record, spec = find_record(run.clean_model, "--clean_model"), dataset_spec(run.dataset)
+    if (record.model_name, record.dataset) != (run.model, run.dataset):
+        raise UserError(
+            f"--clean_model {run.clean_model} is a {record.model_name} for {record.dataset}, not a {run.model} for "
+            f"{run.dataset}; train one with attack/prototype.py"
+        )
+    return load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
+
+
+def _lab(
+    attack: Attack, run: PreviewRun, training: TrainOptions, train: ImageSet, origin: torch.Tensor, monitor: Monitor,
+    clean_model: nn.Module | None, cache: Path,
+) -> Lab:  # fmt: skip
+    def new_model(stream: str) -> nn.Module:
+        spec, seed = train.spec, run.random_seed
+        model = build_model(run.model, spec.num_classes, spec.channels, run.width, seed=seed, stream=stream)
+        return model.to(train.device)
+
+    # All that what it learns may depend on; a given clean model by a checksum.
+    subject = (run.dataset, run.dataset_path, run.train_samples, run.model, run.width, run.random_seed)
+    checksum = [w.double().sum().item() for w in clean_model.state_dict().values()] if clean_model else None
+    key = hashlib.sha256(repr((attack.name, options_of(attack, training), subject, checksum)).encode()).hexdigest()
+    return Lab(train, origin, training, monitor, new_model, clean_model, cache, key)
+
+
+def _poison_training_set(attack: Attack, train: ImageSet, chosen: torch.Tensor, covers: torch.Tensor) -> PoisonedSet:
+    """The poisoned samples, then the covers."""
+    return attack.poison_set(train, chosen, train=True).joined(attack.cover_set(train, covers))
+
+
+def _training_subset(size: int, run: PreviewRun) -> torch.Tensor:
+    if run.train_samples is None:
+        return torch.arange(size)
+    if run.train_samples > size:
+        raise UserError(f"--train_samples {run.train_samples} is more than the {size} training images")
+    order = torch.randperm(size, generator=generator(run.random_seed, "train_samples"))
+    return order[: run.train_samples].sort().values
+
+
+def _info(attack: Attack, run: AttackRun, training: TrainOptions, name: str) -> dict[str, Any]:
+    """BackdoorBench's info.pickle: every option by its name there, in builtin types."""
+    spec = dataset_spec(run.dataset)
+    return {
+        **options_of(attack, run, training), "attack": attack.name, "save_folder_name": name,
+        "save_path": f"./record/{name}", "num_classes": spec.num_classes, "input_height": spec.height,
+        "input_width": spec.width, "input_channel": spec.channels, "img_size": spec.img_size,
+    }  # fmt: skip
+
+
+def _attack_df(history: pd.DataFrame, after: Judgement, batches: int) -> pd.DataFrame:
+    """BackdoorBench's attack_df.csv: its column names; test figures only of the epochs that were judged."""
+    frame = history.drop(columns="stage").rename(
+        columns={"loss": "train_epoch_loss_avg_over_batch", "acc": "train_acc"}
+    )
+    frame.insert(1, "batch", batches)
+    for key, value in test_row(after).items():
+        frame.loc[frame.index[-1], key] = value
+    return frame
+
+
+def _show_trigger(path: Path, clean: ImageSet, poisoned: PoisonedSet) -> dict[str, float | None]:
+    """Draw the first poisoned images beside the clean ones; how perceptible the trigger is, over up to 1,000."""
+    some = poisoned.subset(torch.arange(min(PREVIEWS, len(poisoned))))
+    names = clean.spec.class_names or [str(k) for k in range(clean.spec.num_classes)]
+    titles = [
+        f"{names[a]} → {names[b]}" if len(names[a]) + len(names[b]) < 12 else f"{names[a]}\n→ {names[b]}"
+        for a, b in zip(some.original_labels.tolist(), some.labels.tolist(), strict=True)
+    ]
+    plots.trigger_preview(path, clean.subset(some.original_indices).images, some.images, titles)
+    pairs = poisoned.subset(torch.arange(min(PREVIEWED, len(poisoned))))
+    return asdict(perceptibility(clean.subset(pairs.original_indices).images, pairs.images))

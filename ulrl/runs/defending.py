@@ -1,0 +1,193 @@
+"""One defense from start to end: the only place where it, the judge and the record meet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ulrl.data.datasets import clean_subset, dataset_spec, load_dataset
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.defenses.base import Defense, Repair
+from ulrl.errors import UserError
+from ulrl.files import find_input, whole_folder
+from ulrl.metrics import Judgement, defense_effectiveness
+from ulrl.models import load_model
+from ulrl.options import option
+from ulrl.record import Record, write_defense_result
+from ulrl.report import plots
+from ulrl.runs.common import (
+    Course,
+    RunOptions,
+    environment,
+    log_file,
+    options_of,
+    peak_memory_mb,
+    pick_device,
+    stage_seconds,
+    timed_judge,
+    write_index,
+    write_json,
+)
+from ulrl.training import Monitor, judge
+
+log = logging.getLogger(__name__)
+
+ON_EMPTY = {
+    "finetune": ": the model was only fine-tuned (on_empty: finetune)",
+    "top1": ": the most changed one was taken all the same (on_empty: top1)",
+    "abort": ": the model is left as it was (on_empty: abort)",
+}
+
+
+@dataclass(frozen=True)
+class DefenseRun(RunOptions):
+    """Which record to repair, and with how many clean samples."""
+
+    result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
+    yaml_path: str | None = option(None, "options file; else config/defense/<defense>/<dataset of the record>.yaml")
+    dataset: str | None = option(None, "data set; the record's, another is an error")
+    model: str | None = option(None, "architecture; the record's, another is an error")
+    ratio: float = option(
+        0.01, "share of the clean training images that the defender has", source="ULRL paper", low=0, high=1
+    )
+    index: str | None = option(None, "text file of the clean training images' indices to use, instead of ratio")
+    save_folder_name: str | None = option(
+        None, "folder of the results, under the record's defense/; the defense's name"
+    )
+    report_oracle: bool = option(
+        False, "afterwards, judge every strength the defense could have chosen too; what the test set would choose "
+        "is reported as `oracle` beside the result, never in its place",
+    )  # fmt: skip
+
+
+def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, dict[str, Any]]:
+    """Repair the model of a record and judge it: the folder of the results and its `result.json`.
+
+    The defense is given the model and the clean samples (or, where it works in training, the poisoned
+    training set as it is, without a word on which samples are poisoned); the test sets stay here.
+
+    Raises:
+        UserError: bad options, a record that does not fit them or its data, data that is not there.
+    """
+    start = time.perf_counter()
+    for flag, named, recorded in (
+        ("dataset", run.dataset, record.dataset),
+        ("model", run.model, record.model_name),
+    ):
+        if named is not None and named != recorded:
+            raise UserError(
+                f"--{flag} {named} (or that key in YAML) contradicts the record {record.name}, "
+                f"which says {recorded}; leave it out"
+            )
+    spec = dataset_spec(record.dataset)
+    device = pick_device(run.device)
+    poisoned_test = record.poisoned_test(spec).to(device)
+    model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
+    train, clean_test = load_dataset(record.dataset, run.dataset_path)
+    clean_test = clean_test.to(device)
+    index = torch.empty(0, dtype=torch.int64) if defense.in_training else _clean_index(run, len(train))
+    if len(index) == 1:
+        raise UserError("one clean sample is too few to train on; raise --ratio, or list more in --index")
+    if defense.in_training:
+        poisoned_train = record.poisoned_train(train)
+        given = ImageSet(poisoned_train.images, poisoned_train.labels, spec).to(device)
+    else:
+        given = train.subset(index).to(device)
+    del train  # the defender has no more than what it is given
+    course = Course(clean_test, poisoned_test, defense.amp)
+    monitor = Monitor(course, run.eval_every, bar=bar)
+    monitor.seconds["load"] = time.perf_counter() - start
+
+    name = run.save_folder_name or defense.name
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    final = record.folder / "defense" / name
+    for place in (final.parent, final):
+        if place.is_symlink():  # a downloaded record could lead the writing anywhere
+            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
+    with whole_folder(final, overwrite=True) as folder, log_file(folder):
+        what = "samples of the poisoned training set" if defense.in_training else "clean samples"
+        log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
+        before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
+        repair = defense.run(model, given, monitor)
+        after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
+        if not repair.flagged and (policy := repair.evidence.get("on_empty")):
+            log.warning("%s found no suspicious class%s", defense.name, ON_EMPTY[policy])
+
+        write_defense_result(
+            folder / "defense_result.pt", model_name=record.model_name, num_classes=record.num_classes,
+            state_dict=repair.model.state_dict(),
+        )  # fmt: skip
+        history = course.with_history(monitor.history)
+        history.to_csv(folder / f"{defense.name}_df.csv", index=False)
+        if len(index):
+            write_index(folder / "index.txt", index)
+        for table, frame in repair.tables.items():
+            frame.to_csv(folder / f"{table}.csv")
+        if "neurons" in repair.tables:
+            threshold = repair.evidence["z_threshold"]
+            plots.neuron_ranking(folder / "neuron_ranking.png", repair.tables["neurons"], threshold, spec.class_names)
+        result = {
+            "schema": 1, "kind": "defense", "method": defense.name, "record": record.name, "attack": record.attack,
+            "dataset": record.dataset, "model": record.model_name, "options": options_of(defense, run),
+            "seed": run.random_seed, "clean_samples": len(index), "before": asdict(before),
+            "after": asdict(after), "der": defense_effectiveness(before, after),
+            "flagged": repair.flagged, "seconds": stage_seconds(monitor, start),
+            "peak_memory_mb": peak_memory_mb(device), "evidence": repair.evidence, "environment": environment(device),
+        }  # fmt: skip
+        if run.report_oracle:
+            result["oracle"] = _oracle(repair, before, clean_test, poisoned_test, defense, folder)
+        plots.acc_asr(folder / "acc_asr.png", history, before, after)
+        write_json(folder / "result.json", result)
+    return final, result
+
+
+def run_once(defense: Defense, record: Record, run: DefenseRun, *, overwrite: bool = False) -> dict[str, Any]:
+    """The `result.json` of such a run: the one that is there, if its options are the same, or a new one."""
+    file = record.folder / "defense" / (run.save_folder_name or defense.name) / "result.json"
+    if not overwrite:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours: then it is run
+            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if result["options"] == json.loads(json.dumps(options_of(defense, run))):
+                return result
+    return run_defense(defense, record, run)[1]
+
+
+def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
+    """The clean samples to use: those listed in `--index`, or a draw of `ratio`. int64 [n]."""
+    if run.index is None:
+        return clean_subset(size, run.ratio, run.random_seed)
+    file = find_input(run.index)
+    try:
+        index = [int(word) for word in file.read_text().split()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--index {file}: not a readable list of whole numbers ({error})") from None
+    if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
+        raise UserError(f"--index {file}: give different indices, each from 0 to {size - 1}, at least one")
+    return torch.tensor(index, dtype=torch.int64)
+
+
+def _oracle(
+    repair: Repair, before: Judgement, clean: ImageSet, poisoned: PoisonedSet, defense: Defense, folder: Path
+) -> dict[str, Any] | None:
+    """What the test set would have chosen: the lowest ASR at an ACC of at least 0.9 of that before.
+
+    This is BackdoorBench's rule for ANP. Every strength goes to `oracle.csv`; None where none was to choose.
+    """
+    if repair.candidates is None or before.asr is None:
+        return None
+    rows = [{"strength": s, **asdict(judge(model, clean, poisoned, defense.amp))} for s, model in repair.candidates()]
+    pd.DataFrame(rows).to_csv(folder / "oracle.csv", index=False)
+    allowed = [row for row in rows if row["acc"] >= 0.9 * before.acc]
+    if not allowed:
+        return None
+    best = min(allowed, key=lambda row: row["asr"])
+    return {"rule": "lowest test ASR at no less than 0.9 of the test ACC", **best}
