@@ -66,9 +66,13 @@ class Settings:
 
 
 class Schema:
-    """The options of one command: the fields of `classes`, in order."""
+    """The options of one command: the fields of `classes`, in order.
+
+    A class may list further keys of BackdoorBench that mean nothing to it, as its attribute `ignored`.
+    """
 
     def __init__(self, *classes: type) -> None:
+        self.ignored = IGNORED.union(*(getattr(cls, "ignored", ()) for cls in classes))
         self.fields: dict[str, dataclasses.Field[Any]] = {}
         self.hints: dict[str, Any] = {}
         for cls in classes:
@@ -96,7 +100,7 @@ class Schema:
             elif kind is tuple:
                 shape |= {"nargs": "+"}
             parser.add_argument(f"--{name}", **shape)
-        for name in sorted(IGNORED - set(self.fields)):
+        for name in sorted(self.ignored - set(self.fields)):
             parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
         given, unknown = parser.parse_known_args(argv)
         if unknown:
@@ -121,7 +125,7 @@ class Schema:
         if not isinstance(content, dict):
             raise UserError(f"{file} holds a {type(content).__name__}, not a mapping of option: value lines")
         for key in content:
-            if key not in self.fields and key not in IGNORED:
+            if key not in self.fields and key not in self.ignored:
                 raise UserError(f"unknown key {key!r} in {file}{nearest(str(key), list(self.fields))}")
         return {k: self._convert(k, v, f"{k} in {file}") for k, v in content.items() if v is not None}
 
