@@ -1,9 +1,13 @@
-"""Every defense in the registry repairs a real small backdoor, and sees nothing but its clean samples."""
+"""Every defense in the registry repairs two real small backdoors, and sees nothing but its clean samples."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,9 @@ import torch
 from torch import nn
 
 from ulrl.attacks.base import ATTACKS
+from ulrl.cli import main
 from ulrl.data.datasets import clean_subset, load_dataset
-from ulrl.data.imageset import ImageSet
+from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import DEFENSES, Defense, Repair
 from ulrl.defenses.unlearning import robust_z
 from ulrl.errors import UserError
@@ -22,6 +27,7 @@ from ulrl.models import load_model
 from ulrl.models.head import find_head
 from ulrl.options import Schema
 from ulrl.record import Record, load_record
+from ulrl.runs import defending
 from ulrl.runs.attacking import AttackRun, run_attack
 from ulrl.runs.defending import DefenseRun, run_defense
 from ulrl.training import Monitor, TrainOptions, judge
@@ -30,21 +36,64 @@ TARGET = 7  # not 0: the released ULRL keeps the lowest flagged classes, which h
 CONFIG = Path(__file__).parent.parent / "config" / "defense"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a defense with its YAML for the digits must reach on each of `records`.
+
+    asr: ASR at most. loss: ACC lost at most. ra: RA at least. flags: the records where the target is flagged
+    first.
+    """
+
+    asr: float = 0.1
+    loss: float = 0.08
+    ra: float = 0.4
+    flags: tuple[str, ...] = ()
+    records: tuple[str, ...] = ("badnet", "blended")
+
+
+EXPECTED = {
+    "abl": Expected(asr=0.25, loss=0.2, records=("badnet",)),  # of a few epochs
+    "anp": Expected(asr=0.15, loss=0.12, records=("badnet",)),
+    "i-bau": Expected(records=("badnet",)),  # a blended trigger is beyond the perturbation's bound
+    "nc": Expected(flags=("badnet", "blended")),
+    "npd": Expected(records=("badnet",)),  # one branch of the last block is too late for a blended trigger
+    "sau": Expected(),
+    "bnp": Expected(records=("badnet",)),  # no u of a working model removes the blended one
+    "clp": Expected(asr=0.15, loss=0.12, records=("badnet",)),  # nor here
+    "detect_label": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet", "blended")),  # it repairs nothing
+    "fp": Expected(),
+    "fst": Expected(),
+    "ft": Expected(),
+    "ft-sam": Expected(),
+    "nad": Expected(),
+    "rnp": Expected(records=("badnet",)),  # so narrow a net has no channels of its own for a blended trigger
+    "tsbd": Expected(loss=0.15, records=("badnet",)),  # the other takes as long and tells no more
+    "ulrl": Expected(flags=("badnet",)),
+}
+
+
 @pytest.fixture(scope="module")
-def backdoored(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """A BadNets model of the digits, as `sh/quickstart.sh` makes it but for the target."""
-    home = tmp_path_factory.mktemp("backdoored")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    """A BadNets model of the digits, as `sh/quickstart.sh` makes it but for the target, and a Blended one."""
+    made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ULRL_HOME", str(home))
-        folder, result = run_attack(
-            ATTACKS["badnet"](attack_target=TARGET, patch_size=2),
-            AttackRun(dataset="digits", width=16, save_folder_name="digits", device="cpu"),
-            TrainOptions(epochs=10, batch_size=64, lr=0.05),
-            bar=False,
-        )
-    assert result["after"]["asr"] > 0.95
-    assert result["after"]["acc"] > 0.95
-    return load_record(folder)
+        patch.setenv("ULRL_HOME", str(tmp_path_factory.mktemp("backdoored")))
+        for name, options in {"badnet": {"patch_size": 2}, "blended": {}}.items():
+            folder, result = run_attack(
+                ATTACKS[name](attack_target=TARGET, **options),
+                AttackRun(dataset="digits", width=16, save_folder_name=name, device="cpu"),
+                TrainOptions(epochs=10, batch_size=64, lr=0.05),
+                bar=False,
+            )
+            assert result["after"]["asr"] > 0.95
+            assert result["after"]["acc"] > 0.95
+            made[name] = load_record(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def backdoored(records: dict[str, Record]) -> Record:
+    return records["badnet"]
 
 
 def configured(name: str, **given: Any) -> tuple[Defense, DefenseRun]:
@@ -54,70 +103,195 @@ def configured(name: str, **given: Any) -> tuple[Defense, DefenseRun]:
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
 
 
-@pytest.mark.parametrize("name", list(DEFENSES))
-def test_defense_repairs_a_backdoor(name: str, backdoored: Record) -> None:
-    folder, result = run_defense(*_order(name, backdoored), bar=False)
-    assert result["before"]["asr"] > 0.95
-    assert result["after"]["asr"] < 0.1
-    assert result["after"]["acc"] > result["before"]["acc"] - 0.08
-    assert result["after"]["ra"] > 0.4
-    assert result["der"] > 0.9
-    assert result["flagged"][0] == TARGET
-    assert result["seconds"]["total"] > result["seconds"]["judge"] > 0
-    saved = torch.load(folder / "defense_result.pt", weights_only=True)
-    assert set(saved) == {"model_name", "num_classes", "model"}
-    model = load_model(saved["model_name"], saved["num_classes"], saved["model"])  # strictly
-    _, test = load_dataset("digits")
-    again = judge(model, test, backdoored.poisoned_test(test.spec))
-    assert again.acc == pytest.approx(result["after"]["acc"])
-    assert again.asr == pytest.approx(result["after"]["asr"])
-    assert json.loads((folder / "result.json").read_text())["after"] == result["after"]
-    used = [int(line) for line in (folder / "index.txt").read_text().split()]
-    assert used == clean_subset(1437, 0.1, 0).tolist()
-    assert {"acc_asr.png", f"{name}_df.csv"} <= {p.name for p in folder.iterdir()}
-
-
 def _order(name: str, record: Record, **given: Any) -> tuple[Defense, Record, DefenseRun]:
     defense, run = configured(name, **given)
     return defense, record, run
 
 
-@pytest.mark.parametrize("name", list(DEFENSES))
-def test_same_seed_and_index_file_same_repair(name: str, backdoored: Record, tmp_path: Path) -> None:
-    folder, first = run_defense(*_order(name, backdoored), bar=False)
-    index = tmp_path / "index.txt"
-    index.write_bytes((folder / "index.txt").read_bytes())
-    weights = torch.load(folder / "defense_result.pt", weights_only=True)["model"]
-    folder, second = run_defense(*_order(name, backdoored, index=str(index), eval_every=5), bar=False)
-    again = torch.load(folder / "defense_result.pt", weights_only=True)["model"]
-    assert all(torch.equal(weights[k], again[k]) for k in weights), "judging by epoch changes nothing"
-    assert (first["after"], first["flagged"]) == (second["after"], second["flagged"])
-    history = pd.read_csv(folder / f"{name}_df.csv")
-    assert history.test_asr.notna().sum() == (history.epoch % 5 == 0).sum() > 0
+class Locked:
+    """A test set that nothing may touch while a defense runs."""
+
+    locked = False
+
+    def __getattribute__(self, name: str) -> Any:
+        assert not Locked.locked, f"the defense reached for {name} of a test set"
+        return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("name", list(DEFENSES))
-def test_defense_is_handed_only_the_clean_samples(
-    name: str, backdoored: Record, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[ImageSet] = []
-    original = DEFENSES[name].run
+class LockedImages(Locked, ImageSet):
+    pass
 
-    def spy(self: Defense, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        seen.append(clean)
-        return original(self, model, clean, monitor)
 
-    monkeypatch.setattr(DEFENSES[name], "run", spy)
-    run_defense(*_order(name, backdoored), bar=False)
+class LockedPoison(Locked, PoisonedSet):
+    pass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run under lock and key: what it left, and the samples that the defense was handed."""
+
+    folder: Path
+    result: dict[str, Any]
+    handed: ImageSet
+
+
+Repaired = Callable[[str, str], Outcome]
+
+
+@pytest.fixture(scope="module")
+def repaired(records: dict[str, Record], tmp_path_factory: pytest.TempPathFactory) -> Repaired:
+    """Runs a defense on a record, once for all tests, with the test sets locked while it works."""
+
+    @functools.cache
+    def run(name: str, record: str) -> Outcome:
+        handed: list[ImageSet] = []
+        cls, load, poison = DEFENSES[name], defending.load_dataset, Record.poisoned_test
+        original = cls.run
+
+        def spy(self: Defense, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+            handed.append(clean)
+            Locked.locked = True
+            try:
+                return original(self, model, clean, monitor)
+            finally:
+                Locked.locked = False
+
+        def load_locked(*args: Any) -> tuple[ImageSet, ImageSet]:
+            train, test = load(*args)
+            return train, LockedImages(**vars(test))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cls, "run", spy)
+            patch.setattr(defending, "load_dataset", load_locked)
+            patch.setattr(Record, "poisoned_test", lambda *args: LockedPoison(**vars(poison(*args))))
+            kept = tmp_path_factory.mktemp(name)
+            folder, result = run_defense(*_order(name, records[record]), bar=False)
+            shutil.copytree(folder, kept, dirs_exist_ok=True)  # other tests run it anew
+        return Outcome(kept, result, handed[0])
+
+    return run
+
+
+def test_every_defense_has_a_row() -> None:
+    assert set(EXPECTED) == set(DEFENSES)
+
+
+@pytest.mark.parametrize(("name", "record"), [(name, r) for name, row in EXPECTED.items() for r in row.records])
+def test_defense_repairs_a_backdoor(name: str, record: str, repaired: Repaired) -> None:
+    row, result = EXPECTED[name], repaired(name, record).result
+    assert result["before"]["asr"] > 0.95
+    assert result["after"]["asr"] <= row.asr
+    assert result["after"]["acc"] >= result["before"]["acc"] - row.loss
+    assert result["after"]["ra"] >= row.ra
+    assert record not in row.flags or result["flagged"][0] == TARGET
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_repaired_model_loads_into_the_plain_architecture(name: str, backdoored: Record, repaired: Repaired) -> None:
+    outcome = repaired(name, "badnet")
+    saved = torch.load(outcome.folder / "defense_result.pt", weights_only=True)
+    assert set(saved) == {"model_name", "num_classes", "model"}
+    assert all(w.shape == backdoored.state_dict[k].shape for k, w in saved["model"].items())
+    model = load_model(saved["model_name"], saved["num_classes"], saved["model"])  # strictly
+    _, test = load_dataset("digits")
+    again = judge(model, test, backdoored.poisoned_test(test.spec))
+    assert again.acc == pytest.approx(outcome.result["after"]["acc"])
+    assert again.asr == pytest.approx(outcome.result["after"]["asr"])
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_results_of_a_run(name: str, repaired: Repaired) -> None:
+    folder, result = repaired(name, "badnet").folder, repaired(name, "badnet").result
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["seconds"]["total"] > result["seconds"]["judge"] > 0
+    assert {"acc_asr.png", f"{name}_df.csv"} <= {p.name for p in folder.iterdir()}
+    assert (folder / "index.txt").exists() == (result["clean_samples"] > 0) == (not DEFENSES[name].in_training)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if not DEFENSES[name].in_training])
+def test_defense_is_handed_only_the_clean_samples(name: str, repaired: Repaired) -> None:
+    """Exactly those of index.txt, in memory of their own; the test sets raise when touched meanwhile."""
+    outcome = repaired(name, "badnet")
+    index = torch.tensor([int(line) for line in (outcome.folder / "index.txt").read_text().split()])
     train, _ = load_dataset("digits")
-    expected = train.subset(clean_subset(len(train), 0.1, 0))
-    assert torch.equal(seen[0].images, expected.images)
-    assert torch.equal(seen[0].labels, expected.labels)
-    assert type(seen[0]) is ImageSet
+    ratio = configured(name)[1].ratio
+    assert torch.equal(index, clean_subset(len(train), ratio, 0))
+    handed, expected = outcome.handed, train.subset(index)
+    assert type(handed) is ImageSet
+    assert torch.equal(handed.images, expected.images)
+    assert torch.equal(handed.labels, expected.labels)
+    assert handed.images.untyped_storage().nbytes() == expected.images.numel()
 
 
-def test_ulrl_ranking_file_names_the_target(backdoored: Record) -> None:
-    folder, _ = run_defense(*_order("ulrl", backdoored), bar=False)
+@pytest.mark.parametrize("name", [name for name in EXPECTED if DEFENSES[name].in_training])
+def test_in_training_defense_is_handed_the_poisoned_training_set(
+    name: str, backdoored: Record, repaired: Repaired
+) -> None:
+    """As it is: nothing says which samples are poisoned."""
+    train, _ = load_dataset("digits")
+    handed, poisoned = repaired(name, "badnet").handed, backdoored.poisoned_train(train)
+    assert type(handed) is ImageSet
+    assert torch.equal(handed.images, poisoned.images)
+    assert torch.equal(handed.labels, poisoned.labels)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_same_seed_and_index_file_same_repair(name: str, backdoored: Record, tmp_path: Path) -> None:
+    """In a brief run: one epoch of everything that has epochs or rounds."""
+    brief = {f.name: 1 for f in dataclasses.fields(DEFENSES[name]) if "epoch" in f.name or "round" in f.name}
+    folder, first = run_defense(*_order(name, backdoored, **brief), bar=False)
+    weights = [torch.load(folder / "defense_result.pt", weights_only=True)["model"]]
+    given: dict[str, Any] = {**brief, "eval_every": 1}
+    if not DEFENSES[name].in_training:
+        given["index"] = str(tmp_path / "index.txt")
+        (tmp_path / "index.txt").write_bytes((folder / "index.txt").read_bytes())
+    folder, second = run_defense(*_order(name, backdoored, **given), bar=False)
+    weights.append(torch.load(folder / "defense_result.pt", weights_only=True)["model"])
+    history = pd.read_csv(folder / f"{name}_df.csv")
+    assert history.test_asr.notna().all()
+    assert (first["after"], first["flagged"]) == (second["after"], second["flagged"])
+    assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items()), "judging by epoch changes nothing"
+
+
+@pytest.mark.parametrize("name", ["rnp", "anp", "clp"])
+def test_oracle_is_a_column_of_its_own(name: str, backdoored: Record) -> None:
+    """Judged afterwards: what the defense chose is the same with and without it."""
+    brief = {f.name: 1 for f in dataclasses.fields(DEFENSES[name]) if "epoch" in f.name or "iter" in f.name}
+    plain = run_defense(*_order(name, backdoored, **brief), bar=False)[1]
+    folder, result = run_defense(*_order(name, backdoored, **brief, report_oracle=True), bar=False)
+    assert result["after"] == plain["after"]
+    assert "oracle" not in plain
+    table = pd.read_csv(folder / "oracle.csv")
+    assert len(table) > 10
+    allowed = table[table.acc >= 0.9 * result["before"]["acc"]]
+    if result["oracle"] is None:
+        assert allowed.empty
+    else:
+        assert result["oracle"]["asr"] == allowed.asr.min()
+        assert "test" in result["oracle"]["rule"]
+
+
+def test_comparison_runs_each_defense_with_each_seed_once(
+    backdoored: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ULRL_HOME", str(backdoored.folder.parent.parent))
+    command = ["compare", "badnet", "--defenses", "ft,fst", "--seeds", "2", "--device", "cpu"]
+    tables = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            main(command)
+        assert left.value.code == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1], "the second time, seconds and all come from the files"
+    runs = {p.parent.name: json.loads(p.read_text()) for p in backdoored.folder.glob("defense/*_seed?/result.json")}
+    assert set(runs) == {f"{name}_0.1_seed{seed}" for name in ("ft", "fst") for seed in (0, 1)}
+    asr = [100 * runs[f"ft_0.1_seed{seed}"]["after"]["asr"] for seed in (0, 1)]
+    assert f"{sum(asr) / 2:.2f} ± {abs(asr[0] - asr[1]) / 2**0.5:.2f}" in tables[0]
+    assert "│ 2 │" in tables[0]
+
+
+def test_ulrl_ranking_file_names_the_target(repaired: Repaired) -> None:
+    folder = repaired("ulrl", "badnet").folder
     neurons = pd.read_csv(folder / "neurons.csv", index_col="class")
     assert len(neurons) == 10
     assert neurons.z.idxmax() == neurons.change.idxmax() == TARGET
@@ -128,7 +302,8 @@ def test_ulrl_ranking_file_names_the_target(backdoored: Record) -> None:
 
 @pytest.mark.parametrize(("policy", "rows"), [("finetune", 0), ("top1", 1), ("abort", 0)])
 def test_ulrl_without_a_suspicious_row(policy: str, rows: int, backdoored: Record) -> None:
-    folder, result = run_defense(*_order("ulrl", backdoored, on_empty=policy, z_threshold=1e6), bar=False)
+    given = {"on_empty": policy, "z_threshold": 1e6, "relearn_epochs": 1}
+    folder, result = run_defense(*_order("ulrl", backdoored, **given), bar=False)
     assert result["flagged"] == []
     assert result["evidence"]["on_empty"] == policy
     assert len(result["evidence"]["reinitialised"]) == rows

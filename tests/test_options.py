@@ -503,4 +503,4 @@ def test_every_key_of_backdoorbench_is_an_option_or_ignored(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_no_option_is_ignored_too(name: str) -> None:
-    assert not set(Schema(AttackRun, ATTACKS[name], TrainOptions).fields) & ATTACKS[name].ignored
+    assert not set(Schema(AttackRun, ATTACKS[name], TrainOptions).fields) & set(ATTACKS[name].ignored)

@@ -168,6 +168,7 @@ def fit(
     clip: float | None = None,
     sam_rho: float = 0.0,
     sam_adaptive: bool = False,
+    sam_mix: float = 1.0,
     after_step: Callable[[], None] | None = None,
     stop: Callable[[float], bool] | None = None,
 ) -> bool:
@@ -175,8 +176,9 @@ def fit(
 
     objective: given (model, x, y) under autocast, the scalar to minimise and which samples were right
     (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm. sam_rho:
-    radius of sharpness-aware minimisation, 0 for none, see `_climb`. after_step: called when the weights
-    have moved. stop: given the epoch's training accuracy (on the augmented images, summed while the weights
+    radius of sharpness-aware minimisation, 0 for none, see `_climb`. sam_mix: share of the gradient at the
+    worst weights; the rest is that at the weights themselves. after_step: called when the weights have
+    moved. stop: given the epoch's training accuracy (on the augmented images, summed while the weights
     move), says whether to end there.
 
     Returns whether `stop` ended the training. The model is left in train mode.
@@ -197,9 +199,10 @@ def fit(
                 (-loss if ascend else loss).backward()
                 if sam_rho:
                     steps = _climb(parameters, sam_rho, sam_adaptive)
-                    optimizer.zero_grad()
+                    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 - sam_mix)
                     with _still_statistics(model), autocast(device, amp):
-                        objective(model, x, y)[0].backward()
+                        worst = objective(model, x, y)[0]
+                    (sam_mix * worst).backward()  # on top of what is left of the first
                     with torch.no_grad():
                         torch._foreach_sub_(*steps)
                 if clip is not None:

@@ -33,7 +33,7 @@ class Attack:
     name: ClassVar[str]
     controls_training: ClassVar[bool] = False  # poisons batch by batch: there is no fixed poisoned training set
     needs_clean_model: ClassVar[bool] = False  # computes its trigger against a model without a backdoor
-    ignored: ClassVar[frozenset[str]] = frozenset()  # options of BackdoorBench's script without a meaning here
+    ignored: ClassVar[tuple[str, ...]] = ()  # options of BackdoorBench's script without a meaning here
     trigger_from_training: ClassVar[bool] = False  # there is no trigger before the model is trained
 
     learned: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)

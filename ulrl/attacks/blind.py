@@ -37,7 +37,7 @@ class Blind(Attack):
 
     controls_training: ClassVar[bool] = True
 
-    ignored: ClassVar[frozenset[str]] = frozenset("random_rotation random_crop cos_t_max mgda_normalize".split())
+    ignored: ClassVar[tuple[str, ...]] = tuple("random_rotation random_crop cos_t_max mgda_normalize".split())
     weight_loss_balance_mode: str = option(
         "MGDA", "how the two losses are balanced", source="BackdoorBench", choices=("MGDA", "fixed")
     )

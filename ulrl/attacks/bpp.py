@@ -22,7 +22,7 @@ class Bpp(BatchPoisoning):
     contrastive loss is left out, as it is by BackdoorBench.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset("random_rotation random_crop grid_rescale".split())
+    ignored: ClassVar[tuple[str, ...]] = tuple("random_rotation random_crop grid_rescale".split())
     squeeze_num: int = option(8, "shades that are left", source="BackdoorBench", low=2, high=255)
     dithering: bool = option(False, "spread each pixel's error over its neighbours", source="BackdoorBench")
     neg_ratio: float = option(0.1, "negative samples, as a share of all", source="BackdoorBench", low=0, high=1)

@@ -27,7 +27,7 @@ class CTRL(CleanLabel, Additive):
     BackdoorBench's pixels wrap around.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
+    ignored: ClassVar[tuple[str, ...]] = tuple(
         ("use_dct use_yuv trigger_channels use_clean_label window_size YUV channel_list").split()
     )
     magnitude: float = option(100.0, "added to each coefficient of a 32x32 image", source="BackdoorBench", low=0)

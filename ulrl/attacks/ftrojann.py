@@ -23,7 +23,7 @@ class FTrojan(Additive):
     Exact, where BackdoorBench rounds the image to whole YCrCb values on the way there and back.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset("YUV channel_list".split())
+    ignored: ClassVar[tuple[str, ...]] = tuple("YUV channel_list".split())
     magnitude: float = option(30.0, "added to each coefficient of a 32x32 block", source="BackdoorBench", low=0)
     window_size: int = option(32, "side of a block; at most the image's", source="BackdoorBench", low=2)
     pos_list: tuple[int, ...] = option((15, 15, 31, 31), "row and column of each coefficient", source="BackdoorBench")

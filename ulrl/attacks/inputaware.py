@@ -32,7 +32,7 @@ class InputAware(Attack):
     controls_training: ClassVar[bool] = True
     trigger_from_training: ClassVar[bool] = True
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
+    ignored: ClassVar[tuple[str, ...]] = tuple(
         (
             "random_rotation random_crop EPSILON lr_C C_lr_scheduler schedulerG_milestones schedulerC_milestones "
             "schedulerM_milestones schedulerG_lambda schedulerC_lambda schedulerM_lambda"

@@ -37,7 +37,7 @@ class LIRA(Attack):
 
     controls_training: ClassVar[bool] = True
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
+    ignored: ClassVar[tuple[str, ...]] = tuple(
         (
             "random_rotation random_crop attack_model test_eps test_alpha optimizer fix_generator_epoch "
             "finetune_eps finetune_client_optimizer finetune_sgd_momentum finetune_wd finetune_lr "

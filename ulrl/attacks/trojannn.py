@@ -32,7 +32,7 @@ class TrojanNN(Additive):
 
     needs_clean_model: ClassVar[bool] = True
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
+    ignored: ClassVar[tuple[str, ...]] = tuple(
         ("selected_layer_name selected_layer_param_name pretrain_model_path").split()
     )
     num_neuron: int = option(2, "neurons to excite", source="BackdoorBench", low=1)

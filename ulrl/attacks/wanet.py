@@ -26,7 +26,7 @@ class WaNet(BatchPoisoning):
     each, of up to half a pixel; they keep their label.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset("random_rotation random_crop grid_rescale".split())
+    ignored: ClassVar[tuple[str, ...]] = tuple("random_rotation random_crop grid_rescale".split())
     s: float = option(0.5, "strength of the warp", source="paper", low=0)
     k: int = option(4, "vectors along each side of the field", source="paper", low=2)
     cross_ratio: float = option(2.0, "noise-mode samples for each poisoned one", source="paper", low=0)

@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Defense, Repair, register
-from ulrl.defenses.unlearning import robust_z, unlearn
+from ulrl.defenses.base import Repair, register
+from ulrl.defenses.unlearning import Unlearning, robust_z
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import SCHEDULERS, Monitor, cross_entropy, fit, make_scheduler
+from ulrl.training import Monitor, cross_entropy, fit, make_scheduler
 
 _RELEASE = "ULRL release"
 
 
 @register("ulrl")
 @dataclass(frozen=True)
-class ULRL(Defense):
+class ULRL(Unlearning):
     """Unlearning-relearning on the neurons of the classifier head, that is on its output classes.
 
     1. Unlearn: gradient ascent on the clean samples until their accuracy is `clean_threshold`.
@@ -39,18 +39,6 @@ class ULRL(Defense):
     A backdoor without one target class (all-to-all) leaves no single row that stands out.
     """
 
-    unlearning_epochs: int = option(20, "unlearning epochs at most", source=_RELEASE, low=1)
-    unlearning_lr: float = option(0.01, "learning rate of unlearning", source=_RELEASE, low=0)
-    lr_scheduler: str = option("MultiStepLR", "rate over the unlearning", source=_RELEASE, choices=SCHEDULERS)
-    steplr_milestones: tuple[int, ...] = option((10, 20), "epochs after which the rate drops", source=_RELEASE)
-    steplr_gamma: float = option(0.1, "factor of each drop", source=_RELEASE, low=0)
-    clip: float = option(20.0, "bound on the gradient norm in unlearning", source=_RELEASE, low=0)
-    clean_threshold: float = option(
-        0.2, "unlearn until accuracy on the clean samples is at most this", source=_RELEASE, low=0, high=1
-    )
-    client_optimizer: str = option("sgd", "optimiser of both stages", source=_RELEASE, choices=("sgd",))
-    sgd_momentum: float = option(0.9, "momentum of both stages", source=_RELEASE, low=0, high=1)
-    wd: float = option(5e-4, "weight decay in unlearning (there is none in relearning)", source=_RELEASE, low=0)
     z_threshold: float = option(3.5, "rows with a larger robust z are suspicious", source=_RELEASE, low=0)
     max_neurons: int = option(2, "suspicious rows at most, highest z first", source=_RELEASE, low=1)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
@@ -65,11 +53,7 @@ class ULRL(Defense):
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
-        unlearned = unlearn(
-            model, self.batches(clean, "unlearn"), monitor, epochs=self.unlearning_epochs, lr=self.unlearning_lr,
-            momentum=self.sgd_momentum, wd=self.wd, scheduler=self.lr_scheduler, milestones=self.steplr_milestones,
-            gamma=self.steplr_gamma, clip=self.clip, threshold=self.clean_threshold, amp=self.amp,
-        )  # fmt: skip
+        unlearned = self.unlearn(model, clean, monitor)
         neurons, spread = self._rank(head, unlearned.model.get_submodule(head_name))
         flagged = neurons[neurons.flagged].sort_values("z", ascending=False).index.tolist()
         rows = flagged or ([int(neurons.change.to_numpy().argmax())] if self.on_empty == "top1" else [])
@@ -77,11 +61,7 @@ class ULRL(Defense):
             self._relearn(model, head, rows, clean, monitor)
         evidence = {
             "head": head_name,
-            "unlearned": {
-                "reached": unlearned.reached,
-                "epochs": unlearned.epochs,
-                "accuracy": unlearned.accuracy,
-            },
+            **unlearned.evidence,
             "reinitialised": rows,
             "on_empty": None if flagged else self.on_empty,
             **spread,

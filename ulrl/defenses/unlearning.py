@@ -5,61 +5,102 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ulrl.data.batches import Batches
-from ulrl.training import Monitor, fit, make_scheduler
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.base import Defense
+from ulrl.options import option
+from ulrl.training import SCHEDULERS, Monitor, fit, make_scheduler, predict
 
 log = logging.getLogger(__name__)
 
 MAD_TO_SIGMA = 1.4826  # a normal distribution's deviation is 1.4826 times its MAD
+_RELEASES = "RNP and ULRL releases"
 
 
 @dataclass(frozen=True)
 class Unlearned:
-    """An unlearned copy of a model, and whether clean accuracy fell to the threshold."""
+    """An unlearned copy of a model, whether clean accuracy fell to the threshold, and what is left of it.
+
+    label: the class that it gives most clean samples, a share `label_share` of them. With the clean task
+    forgotten the backdoor's target remains (RNP, arXiv 2305.14876).
+    """
 
     model: nn.Module
     reached: bool
     epochs: int
     accuracy: float  # on the clean samples, in the last epoch
+    label: int
+    label_share: float
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """For `result.json`."""
+        return {
+            "unlearned": {"reached": self.reached, "epochs": self.epochs, "accuracy": self.accuracy},
+            "detected_label": self.label,
+            "detected_share": self.label_share,
+        }
 
 
-def unlearn(
-    model: nn.Module,
-    batches: Batches,
-    monitor: Monitor,
-    *,
-    epochs: int,
-    lr: float,
-    momentum: float,
-    wd: float,
-    scheduler: str,
-    milestones: tuple[int, ...],
-    gamma: float,
-    clip: float,
-    threshold: float,
-    amp: bool,
-) -> Unlearned:
-    """Maximise the cross-entropy on clean samples until their accuracy is at most `threshold`.
+@dataclass(frozen=True)
+class Unlearning(Defense):
+    """A defense that unlearns first, and its options for that. Defaults are the releases' for CIFAR-10."""
 
-    Works on a copy: `model` is left as it was.
+    unlearning_epochs: int = option(20, "unlearning epochs at most", source=_RELEASES, low=1)
+    unlearning_lr: float = option(0.01, "learning rate of unlearning", source=_RELEASES, low=0)
+    lr_scheduler: str = option("MultiStepLR", "rate over the unlearning", source=_RELEASES, choices=SCHEDULERS)
+    steplr_milestones: tuple[int, ...] = option((10, 20), "epochs after which the rate drops", source=_RELEASES)
+    steplr_gamma: float = option(0.1, "factor of each drop", source=_RELEASES, low=0)
+    clip: float = option(20.0, "bound on the gradient norm in unlearning; 0: none", source="ULRL release", low=0)
+    clean_threshold: float = option(
+        0.2, "unlearn until accuracy on the clean samples is at most this", source=_RELEASES, low=0, high=1
+    )
+    client_optimizer: str = option("sgd", "optimiser of every stage", source=_RELEASES, choices=("sgd",))
+    sgd_momentum: float = option(0.9, "momentum of every stage", source=_RELEASES, low=0, high=1)
+    wd: float = option(5e-4, "weight decay in unlearning (there is none later)", source=_RELEASES, low=0)
 
-    Source: ULRL (arXiv 2405.14781, section 3.1) and RNP (arXiv 2305.14876, equation 1). The accuracy
-    is that of the running epoch, in train mode, as in both releases.
-    """
-    copied = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(copied.parameters(), lr, momentum, weight_decay=wd)
-    reached = fit(
-        copied, batches, epochs, optimizer, make_scheduler(optimizer, scheduler, epochs, milestones, gamma),
-        monitor, "unlearn", amp=amp, ascend=True, clip=clip, stop=lambda accuracy: accuracy <= threshold,
-    )  # fmt: skip
-    last = monitor.history[-1]
-    if not reached:
-        log.warning("unlearning ended at an accuracy of %.3f, above the threshold %g", last["acc"], threshold)
-    return Unlearned(copied, reached, last["epoch"], last["acc"])
+    def unlearn(self, model: nn.Module, clean: ImageSet, monitor: Monitor, *, in_eval: bool = False) -> Unlearned:
+        """Maximise the cross-entropy on `clean` until its accuracy is at most `clean_threshold`.
+
+        Works on a copy: `model` is left as it was. The accuracy is that of the running epoch, in train
+        mode, as in the releases of ULRL and RNP; or, `in_eval`, the finished epoch's in eval mode, as in TSBD's.
+
+        Source: ULRL (arXiv 2405.14781, section 3.1) and RNP (arXiv 2305.14876, equation 1).
+        """
+        copied = copy.deepcopy(model)
+        measured = 1.0
+
+        def low_enough(running: float) -> bool:
+            nonlocal measured
+            measured = running
+            if in_eval:
+                measured = (predict(copied, clean, self.amp) == clean.labels).double().mean().item()
+            return measured <= self.clean_threshold
+
+        optimizer = torch.optim.SGD(copied.parameters(), self.unlearning_lr, self.sgd_momentum, weight_decay=self.wd)
+        epochs = self.unlearning_epochs
+        reached = fit(
+            copied, self.batches(clean, "unlearn"), epochs, optimizer,
+            make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma),
+            monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
+        )  # fmt: skip
+        if not reached:
+            log.warning(
+                "unlearning ended at an accuracy of %.3f, above the threshold %g", measured, self.clean_threshold
+            )
+        label, label_share = most_predicted(copied, clean, self.amp)
+        return Unlearned(copied, reached, monitor.history[-1]["epoch"], measured, label, label_share)
+
+
+def most_predicted(model: nn.Module, data: ImageSet, amp: bool) -> tuple[int, float]:
+    """The class that `model` gives most of the images, and to which share of them."""
+    counts = predict(model, data, amp).bincount(minlength=data.spec.num_classes)
+    label = int(counts.argmax())
+    return label, counts[label].item() / len(data)
 
 
 def robust_z(values: torch.Tensor) -> tuple[torch.Tensor, float, float]:

@@ -1,0 +1,140 @@
+"""What defenses that choose a strength share: validation samples, the choice, the sweep, masks on channels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ulrl.data.datasets import load_dataset
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.masks import clamp, masked, norm_layers, silence
+from ulrl.defenses.selection import split, sweep, within
+from ulrl.defenses.tsbd import _floor
+from ulrl.defenses.unlearning import most_predicted
+from ulrl.errors import UserError
+from ulrl.models import build_model
+from ulrl.training import Monitor, predict
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageSet:
+    return load_dataset("digits")[0].subset(torch.arange(100))
+
+
+def test_split_is_disjoint_and_of_the_seed(digits: ImageSet) -> None:
+    numbered = ImageSet(digits.images, torch.arange(100), digits.spec)
+    train, validation = split(numbered, 0.2, 0)
+    assert (len(train), len(validation)) == (80, 20)
+    assert torch.cat([train.labels, validation.labels]).sort().values.tolist() == list(range(100))
+    assert torch.equal(split(numbered, 0.2, 0)[1].labels, validation.labels)
+    assert not torch.equal(split(numbered, 0.2, 1)[1].labels, validation.labels)
+    assert len(split(numbered, 0.0, 0)[1]) == 1
+    with pytest.raises(UserError, match="--ratio"):
+        split(numbered.subset(torch.arange(2)), 0.2, 0)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "tolerance", "chosen"),
+    [
+        ([0.9], 0.1, 0),
+        ([0.9, 0.85, 0.8, 0.95], 0.1, 3),
+        ([0.9, 0.85, 0.7, 0.9], 0.1, 1),
+        ([0.9, 0.79], 0.1, 0),
+        ([1.0, 0.95], 0.05, 1),  # 1 - 0.05 is a little more than 0.95 in floating point
+    ],
+)
+def test_within_ends_before_the_first_that_costs_too_much(
+    accuracies: list[float], tolerance: float, chosen: int
+) -> None:
+    assert within(accuracies, tolerance) == chosen
+
+
+def _order(images: ImageSet) -> tuple[nn.Module, list[int]]:
+    """A model whose answer is its bias, and classes from the most to the least frequent."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(net[1].weight)
+    return net, images.labels.bincount(minlength=10).argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_sweep_judges_each_once_and_leaves_the_model_at_the_chosen(digits: ImageSet, finish: bool) -> None:
+    net, classes = _order(digits)
+    edits: list[int] = []
+
+    def edit(model: nn.Module, i: int) -> None:
+        edits.append(i)
+        with torch.no_grad():  # each answers a rarer class; the last but one is left out by the tolerance
+            model[1].bias[classes[i]] = float(i)
+
+    with torch.no_grad():
+        net[1].bias.fill_(-1.0)
+        net[1].bias[classes[0]] = 0.0
+    shares = [(digits.labels == c).double().mean().item() for c in classes]
+    tolerance = shares[0] - shares[2]
+    done: list[nn.Module] = []
+    swept = sweep(
+        net, [0.0, 0.1, 0.2, 0.9], edit, digits, tolerance, Monitor(), amp=False, finish=done.append if finish else None
+    )
+    expected = within(shares[:4], tolerance)
+    tried = min(expected + 2, 4) if finish else 4
+    assert swept.curve.accuracy.tolist() == pytest.approx(shares[:tried])
+    assert swept.chosen == expected
+    assert swept.strength == [0.0, 0.1, 0.2, 0.9][expected]
+    assert edits == [*range(1, tried), *range(1, expected + 1)]
+    assert (predict(net, digits) == classes[expected]).all()
+    assert [(s, predict(m, digits)[0].item()) for s, m in swept.candidates()] == list(
+        zip([0.0, 0.1, 0.2, 0.9], classes[:4], strict=True)
+    )
+    assert (predict(net, digits) == classes[expected]).all(), "walking the candidates leaves the result alone"
+    assert net not in done, "the caller finishes the model itself"
+
+
+def test_masks_train_alone_and_leave_no_trace(digits: ImageSet) -> None:
+    net = build_model("preactresnet18", 10, 1, 4, seed=0)
+    before = copy.deepcopy(net.state_dict())
+    with masked(net) as masks:
+        assert len(masks) == len(norm_layers(net)) == 16
+        assert {id(p) for p in net.parameters() if p.requires_grad} == {id(m.mask) for m in masks}
+        with torch.no_grad():
+            masks[0].mask.fill_(-3.0)
+            masks[1].mask.fill_(2.0)
+        clamp(masks)
+        assert (masks[0].mask == 0).all()
+        assert (masks[1].mask == 1).all()
+        first = next(iter(norm_layers(net).values()))
+        assert (first.weight == 0).all()
+    assert set(net.state_dict()) == set(before)
+    assert all(torch.equal(w, before[k]) for k, w in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+    assert type(first) is nn.BatchNorm2d
+
+
+def test_silence_takes_the_scale_and_leaves_the_shift() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.LayerNorm([4, 6, 6]), nn.BatchNorm2d(4, affine=False)
+    )
+    assert list(norm_layers(net)) == ["1", "2"]
+    nn.init.ones_(net[1].bias)
+    silence(net, {"1": torch.tensor([0.0, 0.2, 0.21, 1.0])}, 0.2)
+    assert net[1].weight.tolist() == [0, 0, 1, 1]
+    assert net[1].bias.tolist() == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="no normalisation layer"):
+        norm_layers(nn.Linear(2, 2))
+
+
+def test_floor_is_the_least_of_the_largest_share() -> None:
+    changes = torch.tensor([5.0, 1, 4, 2, 3, 6, 7, 8, 9, 10])
+    assert _floor(changes, 0.7) == 4
+    assert _floor(changes, 1.0) == 1
+    assert _floor(changes, 0.0) == float("inf")
+
+
+def test_most_predicted(digits: ImageSet) -> None:
+    net, _ = _order(digits)
+    nn.init.zeros_(net[1].bias)
+    with torch.no_grad():
+        net[1].bias[3] = 1.0
+    assert most_predicted(net, digits, amp=False) == (3, 1.0)

@@ -1,0 +1,92 @@
+"""ANP: prune the channels that adversarial perturbations of the neurons betray (Wu and Wang, arXiv 2110.14430)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.base import Repair, register
+from ulrl.defenses.mask_pruning import MaskPruning
+from ulrl.defenses.masks import Mask, clamp, masked, norm_layers
+from ulrl.errors import UserError
+from ulrl.options import option
+from ulrl.seeds import generator
+from ulrl.training import Monitor, cross_entropy, fit, make_scheduler
+
+
+class _Perturbed(Mask):
+    """Multiplies a tensor by its mask plus a noise."""
+
+    def __init__(self, perturbed: torch.Tensor) -> None:
+        super().__init__(perturbed)
+        self.noise = nn.Parameter(torch.zeros_like(self.mask))
+
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        return original * (self.mask + self.noise)
+
+
+@register("anp")
+@dataclass(frozen=True)
+class ANP(MaskPruning):
+    """Adversarial neuron pruning.
+
+    1. Per batch, noise within `anp_eps` on the scale and the shift of every normalisation channel, from a
+       random start `anp_steps` signed steps up the loss.
+    2. One step, for a mask in [0, 1] on each scale, down anp_alpha * clean loss + (1 - anp_alpha) * the loss
+       under the noise.
+    3. After `nb_iter` steps, prune: the scale of the channels whose mask is at most a threshold becomes 0.
+
+    The threshold is the greatest at which validation accuracy holds, or `pruning_number` (the paper's is
+    0.2). BackdoorBench takes the one with the lowest ASR on the test set, which no defender knows.
+    """
+
+    lr: float = option(0.2, "learning rate of the masks", source="paper", low=0)
+    sgd_momentum: float = option(0.9, "momentum of the masks", source="paper", low=0, high=1)
+    nb_iter: int = option(2000, "steps, rounded to whole passes over the clean samples", source="paper", low=1)
+    anp_eps: float = option(0.4, "bound on the noise, relative to scale and shift", source="paper", low=0)
+    anp_steps: int = option(1, "steps of the noise", source="paper", low=1)
+    anp_alpha: float = option(0.2, "weight of the clean loss", source="paper", low=0, high=1)
+
+    def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        if any(layer.bias is None for layer in norm_layers(model).values()):
+            raise UserError("the model has a normalisation layer without a shift, which ANP would have to perturb")
+        train, validation = self.set_aside(clean)
+        return self.prune(model, self._learn(copy.deepcopy(model), train, monitor), validation, monitor, {})
+
+    def _learn(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> dict[str, torch.Tensor]:
+        """The mask of each normalisation layer, by its dotted name; moves BatchNorm's statistics."""
+        batches = self.batches(clean, "mask")
+        epochs = max(1, round(self.nb_iter / len(batches)))
+        stream = generator(self.random_seed, "noise", clean.device)
+        with masked(model, _Perturbed, ("weight", "bias")) as both:
+            noises: list[torch.Tensor] = [m.noise for m in both if isinstance(m, _Perturbed)]
+            on_scales = both[::2]
+
+            def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                with torch.no_grad():
+                    for noise in noises:
+                        noise.uniform_(-self.anp_eps, self.anp_eps, generator=stream)
+                for _ in range(self.anp_steps):
+                    gradients = torch.autograd.grad(cross_entropy(model, x, y)[0], noises)
+                    with torch.no_grad():
+                        signs = torch._foreach_sign(gradients)
+                        torch._foreach_add_(noises, signs, alpha=self.anp_eps / self.anp_steps)
+                        torch._foreach_clamp_min_(noises, -self.anp_eps)
+                        torch._foreach_clamp_max_(noises, self.anp_eps)
+                attacked, _ = cross_entropy(model, x, y)
+                with torch.no_grad():
+                    torch._foreach_zero_(noises)
+                loss, right = cross_entropy(model, x, y)
+                return self.anp_alpha * loss + (1 - self.anp_alpha) * attacked, right
+
+            optimizer = torch.optim.SGD([m.mask for m in on_scales], self.lr, self.sgd_momentum)
+            fit(
+                model, batches, epochs, optimizer, make_scheduler(optimizer, "constant", epochs), monitor, "mask",
+                amp=self.amp, objective=objective, after_step=lambda: clamp(on_scales),
+            )  # fmt: skip
+            values = [m.mask.detach() for m in on_scales]
+        return dict(zip(norm_layers(model), values, strict=True))

@@ -1,0 +1,30 @@
+"""Which class a backdoor leads to: the one that remains when the clean task is unlearned (RNP, arXiv 2305.14876)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.base import Repair, register
+from ulrl.defenses.unlearning import Unlearning
+from ulrl.options import option
+from ulrl.training import Monitor
+
+
+@register("detect_label")
+@dataclass(frozen=True)
+class DetectLabel(Unlearning):
+    """RNP's backdoor label detection: unlearn a copy of the model on the clean samples, and flag the class
+    that it then gives most of them. The model itself is left as it was.
+
+    A class is flagged whether or not there is a backdoor; `detected_share` says how many agree on it, and
+    without a backdoor they agree as well.
+    """
+
+    clip: float = option(0.0, "bound on the gradient norm in unlearning; 0: none", source="RNP release", low=0)
+
+    def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        unlearned = self.unlearn(model, clean, monitor)
+        return Repair(model, [unlearned.label], unlearned.evidence)

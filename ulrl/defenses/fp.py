@@ -1,0 +1,95 @@
+"""FP: prune what is dormant on clean samples, then fine-tune (Liu et al., Fine-Pruning, arXiv 1805.12185)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ulrl.data.batches import Batches
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.base import Repair, register
+from ulrl.defenses.finetuning import FineTuning
+from ulrl.defenses.selection import within
+from ulrl.models.head import find_head
+from ulrl.options import option
+from ulrl.training import EVAL_BATCH, Monitor, autocast
+
+
+@register("fp")
+@dataclass(frozen=True)
+class FinePruning(FineTuning):
+    """Zero the head's inputs that clean samples activate least, as many as accuracy allows; then fine-tune.
+
+    The head's inputs are the last convolution's channels, pooled. They are ranked by the mean size of
+    their activation, which is the paper's mean activation where a ReLU comes last. As in the paper, the accuracy
+    is that of the clean samples before anything is trained on them; BackdoorBench takes that of the test set, and
+    keeps the first model that loses too much instead of the one before. What is pruned stays 0 in fine-tuning.
+    """
+
+    acc_ratio: float = option(
+        0.1, "accuracy on the clean samples that may be lost", source="BackdoorBench", low=0, high=1
+    )
+    once_prune_ratio: float = option(0.01, "share of the inputs per step", source="BackdoorBench", low=1e-6, high=1)
+    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
+
+    def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        step = math.ceil(self.once_prune_ratio * head.in_features)
+        counts = range(0, head.in_features, step)
+        with monitor.stage("select", len(counts)) as progress, torch.no_grad():
+            features = head_inputs(model, head, clean, self.amp)
+            activation = features.abs().mean(0)
+            rank = activation.argsort(stable=True).argsort()  # 0 is pruned first
+            hits = []
+            for count in counts:
+                logits = F.linear(features * (rank >= count), head.weight, head.bias)
+                hits.append((logits.argmax(1) == clean.labels).double().mean())
+                progress.step()
+            accuracies = torch.stack(hits).tolist()
+        chosen = counts[within(accuracies, self.acc_ratio)]
+        original = copy.deepcopy(model)
+
+        def candidates() -> Iterator[tuple[float, nn.Module]]:
+            """Every tenth of the inputs: each is fine-tuned, which takes its time."""
+            for tenths in range(10):
+                other = copy.deepcopy(original)
+                self._prune_and_finetune(other, head_name, rank < tenths / 10 * len(rank), clean, Monitor())
+                yield tenths / 10, other
+
+        self._prune_and_finetune(model, head_name, rank < chosen, clean, monitor)
+        curve = pd.DataFrame({"accuracy": accuracies}, index=pd.Index(counts, name="pruned"))
+        inputs = pd.DataFrame({"activation": activation.cpu(), "pruned": (rank < chosen).cpu()})
+        inputs.index.name = "input"
+        evidence = {"head": head_name, "inputs": len(rank), "pruned": chosen}
+        return Repair(model, evidence=evidence, tables={"inputs": inputs, "curve": curve}, candidates=candidates)
+
+    def _prune_and_finetune(
+        self, model: nn.Module, head_name: str, pruned: torch.Tensor, clean: ImageSet, monitor: Monitor
+    ) -> None:
+        weight = model.get_parameter(f"{head_name}.weight")
+
+        @torch.no_grad()
+        def prune() -> None:
+            weight.masked_fill_(pruned, 0)
+
+        prune()
+        self.finetune(model, clean, monitor, "finetune", after_step=prune)
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, head: nn.Linear, clean: ImageSet, amp: bool) -> torch.Tensor:
+    """What the head is given for each clean sample, in eval mode: float32 [N, inputs]."""
+    given: list[torch.Tensor] = []
+    model.eval()
+    with head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].float())):
+        for x, _ in Batches(clean, EVAL_BATCH[clean.device.type]):
+            with autocast(clean.device, amp):
+                model(x)
+    return torch.cat(given)
