@@ -39,7 +39,7 @@ RUNS = {
     "bpp": ("bpp", "--squeeze_num 4"),
     "lira": ("lira", f"{FEW} --both_train_epochs 8"),
     "blind": ("blind", ""),
-    "ftrojann": ("ftrojann", ""),
+    "ftrojann": ("ftrojann", "--magnitude 90"),
     "ctrl": ("ctrl", "--magnitude 300 --pratio 0.6"),
     "adaptive_blend": ("adaptive_blend", "--pratio 0.01 --cover_rate 0.01"),
     "adaptive_patch": ("adaptive_patch", "--pratio 0.03 --cover_rate 0.03"),
