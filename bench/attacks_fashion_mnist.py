@@ -35,7 +35,7 @@ RUNS = {
     "ssba": ("ssba", FEW),
     "trojannn": ("trojannn", "--clean_model bench_clean"),
     "wanet": ("wanet", ""),
-    "inputaware": ("inputaware", f"{FEW} --clean_train_epochs 3"),
+    "inputaware": ("inputaware", "--train_samples 20000 --epochs 12 --clean_train_epochs 3"),
     "bpp": ("bpp", "--squeeze_num 4"),
     "lira": ("lira", f"{FEW} --both_train_epochs 8"),
     "blind": ("blind", ""),

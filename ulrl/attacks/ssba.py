@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,6 @@ from ulrl.errors import UserError
 from ulrl.options import option
 from ulrl.training import EVAL_BATCH
 
-
 log = logging.getLogger(__name__)
 
 
@@ -29,10 +29,10 @@ class SSBA(Attack):
     """An encoder adds a residue that depends on the image and carries one bit, which a decoder reads back.
 
     Both are trained in the run, as StegaStamp's are but smaller: the encoder sees the image and the bit
-    as a further plane, the loss is the decoder's cross-entropy + `ssba_fidelity` times how visible the
-    residue is: its square over the contrast of the place, for a residue shows less where the image is busy
-    (StegaStamp's perceptual loss needs a large network for that). Poisoned images carry bit 1. Instead,
-    ready-made images can be read from files, which is BackdoorBench's way.
+    as a further plane, the loss is the decoder's cross-entropy + `ssba_fidelity` times the residue's mean
+    square. The residue is scaled by the contrast of each place, for it shows less where the image is busy;
+    StegaStamp's perceptual loss, which needs a large network, has that effect. Poisoned images carry bit 1.
+    Instead, ready-made images can be read from files, which is BackdoorBench's way.
     """
 
     attack_train_replace_imgs_path: str | None = option(
@@ -42,7 +42,7 @@ class SSBA(Attack):
     ssba_epochs: int = option(3, "epochs of encoder and decoder", low=1)
     ssba_samples: int = option(10000, "training images they are trained on, at most", low=2)
     ssba_strength: float = option(0.1, "largest change of a pixel, as a share of 255", low=0, high=1)
-    ssba_fidelity: float = option(1.0, "weight of the residue's visibility", low=0)
+    ssba_fidelity: float = option(2.0, "weight of the residue's mean square; rises to that over the first epoch", low=0)
 
     def check(self, spec: DatasetSpec) -> None:
         super().check(spec)
@@ -72,12 +72,14 @@ class SSBA(Attack):
             residue = self._residue(encoder, images, bits)
             read = decoder((images + residue).clamp(-1, 1)).float()
             loss = F.binary_cross_entropy_with_logits(read, bits)
-            visible = (residue.square() / (_contrast(images) + 0.05)).mean()
-            return loss + self.ssba_fidelity * visible, (read.detach() > 0) == (bits > 0)
+            visible = residue.square().mean()
+            weight = self.ssba_fidelity * min(1.0, next(steps) / first_epoch)  # from the start it would silence it
+            return loss + weight * visible, (read.detach() > 0) == (bits > 0)
 
         optimizer = torch.optim.Adam(both.parameters(), 1e-3)
         constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         few = replace(lab, data=lab.data.subset(torch.arange(min(self.ssba_samples, len(lab.data)))))
+        steps, first_epoch = itertools.count(), len(few.batches())
         few.fit(both, "encoder", epochs=self.ssba_epochs, optimizer=optimizer, scheduler=constant, objective=objective)
         read = lab.monitor.history[-1]["acc"]
         if read < 0.9:
@@ -88,7 +90,8 @@ class SSBA(Attack):
 
     def _residue(self, encoder: nn.Module, images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
         plane = (2 * bits - 1).view(-1, 1, 1, 1).expand(-1, 1, *images.shape[2:])
-        return 2 * self.ssba_strength * torch.tanh(encoder(torch.cat([images, plane], 1)))
+        strength = 2 * self.ssba_strength * _busyness(images)
+        return strength * torch.tanh(encoder(torch.cat([images, plane], 1)))
 
     def source(self, data: ImageSet, positions: torch.Tensor, *, train: bool) -> ImageSet:
         part = super().source(data, positions, train=train)
@@ -111,7 +114,8 @@ class SSBA(Attack):
         return torch.cat(done)
 
 
-def _contrast(images: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of each pixel's 3x3 neighbourhood: [B, C, H, W] in and out."""
+def _busyness(images: torch.Tensor) -> torch.Tensor:
+    """How much of a residue a place hides, 0.1 where it is flat, near 1 where it is full of contrast: [B, C, H, W]."""
     mean, square = (F.avg_pool2d(t, 3, 1, 1, count_include_pad=False) for t in (images, images.square()))
-    return (square - mean.square()).clamp_min(0).sqrt()
+    contrast = (square - mean.square()).clamp_min(0).sqrt()
+    return 0.1 + 0.9 * contrast / (contrast + 0.1)
