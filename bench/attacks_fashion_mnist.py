@@ -42,7 +42,7 @@ RUNS = {
     "ftrojann": ("ftrojann", "--magnitude 90"),
     "ctrl": ("ctrl", "--magnitude 300 --pratio 0.6"),
     "adaptive_blend": ("adaptive_blend", "--pratio 0.01 --cover_rate 0.01"),
-    "adaptive_patch": ("adaptive_patch", "--pratio 0.03 --cover_rate 0.03"),
+    "adaptive_patch": ("adaptive_patch", "--pratio 0.06 --cover_rate 0.03"),
     "tact": ("tact", "--pratio 0.05 --cover_rate 0.02"),
     "sam": ("badnet", "--sam_rho 0.05"),
 }

@@ -1,0 +1,79 @@
+"""Defenses on the Fashion-MNIST records of attacks_fashion_mnist.py; writes bench/results/defenses_fashion_mnist.csv.
+
+python bench/defenses_fashion_mnist.py [defense ...]
+
+Narrow net, 1% clean data (600 images), each defense with its own defaults. A run that has its result is kept,
+so a stopped one goes on where it was; several may work side by side, each with defenses of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ulrl.defenses.base import DEFENSES  # noqa: E402
+from ulrl.errors import UserError  # noqa: E402
+from ulrl.files import home  # noqa: E402
+from ulrl.record import load_record  # noqa: E402
+from ulrl.runs.defending import DefenseRun, run_once  # noqa: E402
+
+RECORDS = ("badnet", "blended", "sig", "lf", "wanet", "inputaware", "trojannn", "ssba")
+FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
+BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "abl")
+RATIO = 0.01
+
+
+def folder(defense: str, seed: int) -> str:
+    return f"{defense}_{RATIO:g}_seed{seed}"
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or [*FAMILY, *BASELINES]
+    for seed in range(3):
+        for defense in chosen:
+            for attack in RECORDS if seed == 0 or defense in FAMILY else ():
+                record = load_record(home() / "record" / f"bench_{attack}")
+                run = DefenseRun(ratio=RATIO, random_seed=seed, save_folder_name=folder(defense, seed))
+                try:
+                    after = run_once(DEFENSES[defense](random_seed=seed), record, run)["after"]
+                    print(defense, attack, seed, {k: round(after[k], 4) for k in ("acc", "asr", "ra")}, flush=True)
+                except UserError as error:
+                    print(defense, attack, seed, error, flush=True)
+    rows = []
+    for attack in RECORDS:
+        for defense in (*FAMILY, *BASELINES):
+            for seed in range(3):
+                file = home() / "record" / f"bench_{attack}" / "defense" / folder(defense, seed) / "result.json"
+                if file.is_file():
+                    rows.append(row(attack, json.loads(file.read_text())))
+    pd.DataFrame(rows).to_csv(ROOT / "bench" / "results" / "defenses_fashion_mnist.csv", index=False)
+
+
+def row(attack: str, result: dict[str, dict[str, float]]) -> dict[str, object]:
+    figures = {
+        f"{when}_{key}": round(100 * result[when][key], 2)
+        for when in ("before", "after")
+        for key in ("acc", "asr", "ra")
+    }
+    return {
+        "attack": attack,
+        "defense": result["method"],
+        "seed": result["seed"],
+        **figures,
+        "der": round(100 * float(result["der"]), 2),  # type: ignore[arg-type]
+        "flagged": " ".join(map(str, result["flagged"])),
+        "detected_label": result["evidence"].get("detected_label"),
+        "seconds": round(result["seconds"]["total"] - result["seconds"]["judge"], 1),
+    }
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    main()
