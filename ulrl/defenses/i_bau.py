@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
@@ -67,16 +68,18 @@ class IBAU(Defense):
                 count = 0
                 for x, y in batches:
                     some = max(1, round(self.portion * len(y)))  # the batch is shuffled, so these are random ones
-                    logits = model(torch.cat([x[:some] + delta * scale, x[some:]]))
-                    loss = F.cross_entropy(logits, y)
-                    gradients = self._hypergradient(loss, _inner(model(x + delta * scale), y, delta), delta, weights)
+                    with sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
+                        logits = model(torch.cat([x[:some] + delta * scale, x[some:]]))
+                        loss = F.cross_entropy(logits, y)
+                        inner = _inner(model(x + delta * scale), y, delta)
+                        gradients = self._hypergradient(loss, inner, delta, weights)
                     for weight, gradient in zip(weights, gradients, strict=True):
                         weight.grad = gradient
                     optimizer.step()
                     totals += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
                     count += len(y)
                     progress.step()
-                loss_sum, hits, norm = [*totals.tolist(), delta.detach().norm().item()]
+                loss_sum, hits, norm = torch.cat([totals, delta.detach().norm()[None]]).tolist()
                 if not math.isfinite(loss_sum):
                     raise UserError(f"the loss of stage 'unlearn' became {loss_sum} in round {epoch}; lower --lr")
                 norms.append(norm)
@@ -95,9 +98,14 @@ class IBAU(Defense):
         (slope,) = torch.autograd.grad(inner, delta, create_graph=True)
         phi = delta - 0.1 * slope
         v = direct[0]
-        for _ in range(self.K - 1):  # the first iteration, from v = 0, is the line above
-            v = torch.autograd.grad(phi, delta, v, retain_graph=True)[0] + direct[0]
-        indirect = torch.autograd.grad(phi, weights, v, allow_unused=True, materialize_grads=True)
+        try:
+            for _ in range(self.K - 1):  # the first iteration, from v = 0, is the line above
+                v = torch.autograd.grad(phi, delta, v, retain_graph=True)[0] + direct[0]
+            indirect = torch.autograd.grad(phi, weights, v, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise UserError(f"I-BAU needs second derivatives, which a layer of the model lacks: {error}") from None
         return [a + b for a, b in zip(direct[1:], indirect, strict=True)]
 
 

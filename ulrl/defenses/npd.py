@@ -96,8 +96,8 @@ class NPD(Defense):
                 hook.remove()
             _fold(place, plug)
             with torch.no_grad():
-                off = (model(x) - expected).abs().max() / expected.abs().max()
-        if off > 1e-2:
+                off = (model(x) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+        if not off <= 1e-2:  # so that NaN is none
             raise UserError(f"the polarizer cannot be folded into {place.name}; choose another --target_layer_name")
         return Repair(model, evidence={"layer": place.name, "folding_error": off.item()})
 
