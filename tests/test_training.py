@@ -36,6 +36,7 @@ def train(data: ImageSet, options: TrainOptions, monitor: Monitor, **how: object
         TrainOptions(epochs=3, batch_size=64, lr=0.05, amp=False),
         TrainOptions(epochs=3, batch_size=64, lr=0.003, client_optimizer="adamw"),
         TrainOptions(epochs=3, batch_size=64, lr=0.05, lr_scheduler="MultiStepLR", steplr_milestones=(2,)),
+        TrainOptions(epochs=3, batch_size=64, lr=0.05, lr_scheduler="ReduceLROnPlateau"),
     ],
 )
 def test_fit_learns_the_digits(options: TrainOptions, digits: tuple[ImageSet, ImageSet]) -> None:

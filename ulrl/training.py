@@ -26,7 +26,7 @@ from ulrl.options import option
 
 EVAL_BATCH = {"cpu": 128, "cuda": 1024}  # larger ones fall out of a CPU's cache and are slower (measured)
 
-SCHEDULERS = ("CosineAnnealingLR", "MultiStepLR", "constant")
+SCHEDULERS = ("CosineAnnealingLR", "MultiStepLR", "ReduceLROnPlateau", "constant")
 OPTIMIZERS = ("sgd", "adamw")
 
 
@@ -136,7 +136,12 @@ def make_scheduler(
     milestones: tuple[int, ...] = (),
     gamma: float = 0.1,
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A per-epoch schedule; the cosine ends at `epochs`, where BackdoorBench's always ends at 100."""
+    """A per-epoch schedule; the cosine ends at `epochs`, where BackdoorBench's always ends at 100.
+
+    A plateau is one of the training loss, where BackdoorBench's is one of the loss on the test set.
+    """
+    if name == "ReduceLROnPlateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     if name == "MultiStepLR":
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma)
     if name == "constant":
@@ -213,9 +218,12 @@ def fit(
                 totals += torch.stack([loss.detach().float() * len(y), right.sum()])
                 count += len(y)
                 progress.step()
-            scheduler.step()
             loss_sum, hit_sum = totals.tolist()
             loss_mean, accuracy = loss_sum / count, hit_sum / count
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                scheduler.step(loss_mean)
+            else:
+                scheduler.step()
             if not math.isfinite(loss_mean):
                 raise UserError(
                     f"the loss of stage {stage!r} became {loss_mean} in epoch {epoch}; lower its learning rate"

@@ -37,6 +37,10 @@ class ABL(Defense):
     it drives up has no bound.
     """
 
+    ignored: ClassVar[tuple[str, ...]] = (
+        "epochs", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "finetuning_ascent_model",
+    )  # fmt: skip
+
     in_training: ClassVar[bool] = True
 
     batch_size: int = option(64, "images per step", source="paper", low=2)

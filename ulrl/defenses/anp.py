@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -43,6 +44,10 @@ class ANP(MaskPruning):
     The threshold is the greatest at which validation accuracy holds, or `pruning_number` (the paper's is
     0.2). BackdoorBench takes the one with the lowest ASR on the test set, which no defender knows.
     """
+
+    ignored: ClassVar[tuple[str, ...]] = (
+        "epochs", "lr_scheduler", "client_optimizer", "wd", "print_every", "pruning_by",
+    )  # fmt: skip
 
     lr: float = option(0.2, "learning rate of the masks", source="paper", low=0)
     sgd_momentum: float = option(0.9, "momentum of the masks", source="paper", low=0, high=1)

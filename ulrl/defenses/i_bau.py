@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ class IBAU(Defense):
     only a share of each batch is. BatchNorm stays in eval mode. Second derivatives are taken in fp32,
     whatever `amp`.
     """
+
+    ignored: ClassVar[tuple[str, ...]] = (
+        "epochs", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "adam_betas",
+    )  # fmt: skip
 
     lr: float = option(1e-4, "learning rate of the weights (Adam)", source="BackdoorBench", low=0)
     n_rounds: int = option(5, "rounds", source="BackdoorBench", low=1)

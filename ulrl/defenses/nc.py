@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -37,6 +38,10 @@ class NC(FineTuning):
     BackdoorBench saves the backdoored model instead of the one that it fine-tuned; here the repaired model
     is the result. Fine-tuning is as long as there; the paper's is one epoch over 10 % of the training images.
     """
+
+    ignored: ClassVar[tuple[str, ...]] = (
+        "early_stop", "EPSILON", "to_file", "n_times_test", "use_norm", "cleaning_ratio",
+    )  # fmt: skip
 
     nc_epoch: int = option(80, "epochs of inversion at most", source=_BENCH, low=1)
     mask_lr: float = option(0.1, "learning rate of masks and patterns (Adam)", source=_PAPER, low=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,10 @@ class NPD(Defense):
     needed. The layer is the last one that allows this (layer4.1.conv1 in a PreAct-ResNet18, which is the
     paper's choice), or `target_layer_name`. BackdoorBench saves the model without its polarizer.
     """
+
+    ignored: ClassVar[tuple[str, ...]] = (
+        "lr_scheduler", "client_optimizer", "print_freq", "model_name", "norm_type", "warm_epochs",
+    )  # fmt: skip
 
     epochs: int = option(50, "epochs", source="BackdoorBench", low=1)
     lr: float = option(0.01, "learning rate", source="paper", low=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,11 @@ class SAU(Defense):
     The defaults are the paper's, as its author put them into BackdoorBench: BatchNorm's statistics stay as
     they are, and the last round is kept.
     """
+
+    ignored: ClassVar[tuple[str, ...]] = (
+        "epochs", "lr_scheduler", "client_optimizer", "sgd_momentum", "wd", "adam_betas", "norm_type",
+        "pgd_init", "outer_steps",
+    )  # fmt: skip
 
     lr: float = option(1e-4, "learning rate (Adam)", source="paper", low=0)
     n_rounds: int = option(100, "passes over the clean samples", source="BackdoorBench", low=1)
