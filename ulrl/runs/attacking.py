@@ -111,10 +111,13 @@ def run_attack(
             # The images are held once: the poisoned ones take the place of the clean ones.
             at = poisoned_train.original_indices
             train.images[at], train.labels[at] = poisoned_train.images, poisoned_train.labels
-        log.info(
-            "%s: %d of %d training images poisoned, %d covers%s", attack.name, len(chosen), len(train), len(covers),
-            ", drawn anew for each batch" if attack.controls_training else "",
-        )  # fmt: skip
+        if len(chosen):
+            drawn = ", drawn anew for each batch" if attack.controls_training else ""
+            log.info(
+                "%s: %d of %d images poisoned, %d covers%s", attack.name, len(chosen), len(train), len(covers), drawn
+            )
+        else:
+            log.info("%s: no training image is poisoned for good", attack.name)
         if not attack.trigger_from_training:
             course.poisoned = attack.poison_set(clean_test, judged, train=False)
         model = lab.new_model("initialisation")
