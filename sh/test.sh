@@ -12,4 +12,5 @@ ruff check
 ruff format --check
 mypy
 lint-imports
-pytest -n 2 "$@"
+# By file: what a file prepares for its tests is prepared once.
+pytest -n 2 --dist loadfile "$@"
