@@ -412,7 +412,8 @@ def test_adaptive_training_shows_half_of_the_tiles_and_judging_all() -> None:
 
 def test_lira_saves_the_classifier_of_its_second_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, result = make(quick("lira"), tmp_path, monkeypatch)
-    first = torch.load(folder / "trigger.pt", weights_only=True)
+    first = torch.load(folder / "learned" / "joint.pt", weights_only=True)["tensors"]
+    assert all(name.startswith("generator.") for name in torch.load(folder / "trigger.pt", weights_only=True))
     final = load_record(folder).state_dict
     assert not torch.equal(first["classifier.linear.weight"], final["linear.weight"])
     assert {"joint", "train"} <= set(result["seconds"])

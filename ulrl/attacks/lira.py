@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from ulrl.attacks.generators import centred, fresh, packed, restored, unpacked
 from ulrl.attacks.images import whole_pixels
 from ulrl.attacks.lab import Lab
 from ulrl.data.batches import normalise, pixels
+from ulrl.data.imageset import DatasetSpec
 from ulrl.options import option
 from ulrl.training import EVAL_BATCH, Objective
 
@@ -101,3 +103,6 @@ class LIRA(Attack):
         painter = restored("generator", self.learned, images.device)
         parts = images.split(EVAL_BATCH[images.device.type])
         return torch.cat([whole_pixels(self._triggered(part.float(), painter(centred(part)))) for part in parts])
+
+    def parameters(self, spec: DatasetSpec) -> Mapping[str, torch.Tensor]:
+        return packed("generator", restored("generator", self.learned, torch.device("cpu")))
