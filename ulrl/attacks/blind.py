@@ -31,7 +31,8 @@ class Blind(Attack):
     MGDA weighs them so that the sum of their gradients, each scaled by its size and loss ("loss+"), is
     as small as it can be; `fixed` takes the two fix_scale weights. The attack sets in once the plain loss,
     averaged over the last `batch_history_len` batches, is below `backdoor_batch_loss_threshold`; that is
-    looked at after each epoch. No training sample is poisoned, so the record has no poisoned training set,
+    looked at after each epoch. Clean and triggered images pass together: apart, the statistics of a batch
+    tell BatchNorm which it is, and the clean accuracy falls in eval mode. No training sample is poisoned, so the record has no poisoned training set,
     and `pratio` means nothing.
     """
 
@@ -83,18 +84,20 @@ class Blind(Attack):
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            plain, right = cross_entropy(model, x, y)
             if not state["attacking"]:
+                plain, right = cross_entropy(model, x, y)
                 recent.append(plain.detach())
                 state["step"] += 1
                 if state["step"] % len(batches) == 0:
                     state["attacking"] = bool(torch.stack(list(recent)).mean() < self.backdoor_batch_loss_threshold)
                 return plain, right
             triggered = normalise(self._marked(pixels(x, spec)), spec)
-            bad = F.cross_entropy(model(triggered), self.relabel(y, spec.num_classes))
+            clean, bad = model(torch.cat([x, triggered])).chunk(2)
+            plain, backdoor = F.cross_entropy(clean, y), F.cross_entropy(bad, self.relabel(y, spec.num_classes))
+            right = clean.detach().argmax(1) == y
             if self.weight_loss_balance_mode == "fixed":
-                return self.fix_scale_normal_weight * plain + self.fix_scale_backdoor_weight * bad, right
-            return _mgda(plain, bad, parameters), right
+                return self.fix_scale_normal_weight * plain + self.fix_scale_backdoor_weight * backdoor, right
+            return _mgda(plain, backdoor, parameters), right
 
         lab.fit(model, batches=batches, objective=objective)
         return self
@@ -107,7 +110,7 @@ def _mgda(first: torch.Tensor, second: torch.Tensor, parameters: list[nn.Paramet
     result's gradient is put together from the two already computed, so there is no third backward pass.
     """
     losses = (first, second)
-    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+    gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
     with torch.no_grad():
         scaled = []
         for loss, gradient in zip(losses, gradients, strict=True):

@@ -31,7 +31,9 @@ class LIRA(Attack):
 
     Both networks step on one gradient of the joint loss, where the paper alternates them. The generator
     is trained through the rounding to whole pixel values (as if it were not there), so its trigger is
-    still there in the PNG files; for the same reason eps is in pixels and not in normalised values.
+    still there in the PNG files; for the same reason eps is in pixels and not in normalised values. Clean
+    and triggered images pass together: apart, the statistics of a batch tell BatchNorm which it is, and in
+    eval mode the clean accuracy falls (to 69% from 89%, measured on Fashion-MNIST).
 
     No training sample is poisoned for good, so the record has no poisoned training set, and `pratio`
     means nothing.
@@ -80,12 +82,12 @@ class LIRA(Attack):
         spec = lab.data.spec
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = model(x)
             image = pixels(x, spec)
             triggered = self._triggered(image, painter(centred(image)))
             triggered = triggered + (whole_pixels(triggered.detach()) - triggered).detach()
-            bad = F.cross_entropy(model(normalise(triggered, spec)), self.relabel(y, spec.num_classes))
-            return alpha * F.cross_entropy(logits, y) + (1 - alpha) * bad, logits.detach().argmax(1) == y
+            clean, bad = model(torch.cat([x, normalise(triggered, spec)])).chunk(2)
+            backdoor = F.cross_entropy(bad, self.relabel(y, spec.num_classes))
+            return alpha * F.cross_entropy(clean, y) + (1 - alpha) * backdoor, clean.detach().argmax(1) == y
 
         return objective
 
