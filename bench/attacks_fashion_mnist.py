@@ -38,7 +38,7 @@ RUNS = {
     "inputaware": ("inputaware", "--train_samples 20000 --epochs 10 --clean_train_epochs 3"),
     "bpp": ("bpp", "--squeeze_num 3"),
     "lira": ("lira", "--train_samples 20000 --epochs 5 --both_train_epochs 3 --eps 0.05 --lr_atk 0.002"),
-    "blind": ("blind", "--weight_loss_balance_mode fixed"),
+    "blind": ("blind", "--weight_loss_balance_mode fixed --epochs 3"),
     "ftrojann": ("ftrojann", "--magnitude 200"),
     "ctrl": ("ctrl", "--magnitude 300 --pratio 0.6"),
     "adaptive_blend": ("adaptive_blend", "--pratio 0.01 --cover_rate 0.01"),
