@@ -30,7 +30,7 @@ RUNS = {
     "badnet": ("badnet", ""),
     "blended": ("blended", ""),
     "sig": ("sig", ""),
-    "lc": ("lc", "--clean_model bench_clean --pratio 0.8 --pgd_eps 32"),
+    "lc": ("lc", "--clean_model bench_clean --mark_scale 2"),
     "lf": ("lf", "--clean_model bench_clean"),
     "ssba": ("ssba", FEW),
     "trojannn": ("trojannn", "--clean_model bench_clean"),

@@ -321,6 +321,13 @@ def test_added_patterns_clip_and_never_wrap_around(name: str, level: int) -> Non
     assert (attack.poison(images, train=False)[0] - exact).abs().max() <= 1
 
 
+def test_lc_marks_grow_by_whole_cells_and_do_not_overlap() -> None:
+    small, large = ATTACKS["lc"](), ATTACKS["lc"](mark_scale=2)  # type: ignore[call-arg]
+    cells = large.pattern(1, 28, 28)[0, ::2, ::2]  # type: ignore[attr-defined]
+    assert torch.equal(cells, small.pattern(1, 14, 14)[0])  # type: ignore[attr-defined]
+    refused(lambda: ATTACKS["lc"](mark_scale=2).check(dataset_spec("digits")), "--mark_scale 2", "8 x 8")  # type: ignore[call-arg]
+
+
 def test_sig_by_hand() -> None:
     images = torch.full((1, 1, 4, 8), 100, dtype=torch.uint8)
     row = ATTACKS["sig"](sig_delta=40.0, sig_f=2.0).poison(images, train=True)[0, 0, 0]

@@ -13,7 +13,8 @@ from ulrl.attacks.base import CleanLabel, register
 from ulrl.attacks.images import read_bank, whole_pixels
 from ulrl.attacks.lab import Lab
 from ulrl.data.batches import normalise
-from ulrl.data.imageset import ImageSet
+from ulrl.data.imageset import DatasetSpec, ImageSet
+from ulrl.errors import UserError
 from ulrl.options import option
 from ulrl.training import EVAL_BATCH, autocast
 
@@ -28,7 +29,9 @@ class LabelConsistent(CleanLabel, Additive):
     model, so that the mark, a 3x3 pattern added to each corner, is what is left to learn.
 
     The perturbed images are computed in the run, or read from `attack_train_replace_imgs_path`. Judged
-    images get the mark alone. On images larger than 32 pixels the mark grows in whole steps.
+    images get the mark alone. The mark's negative half is lost on black: on gray images with a dark border
+    only 4 of its 9 pixels are seen, which a network needs not learn where shape is evidence enough;
+    `mark_scale 2` mends that.
     """
 
     needs_clean_model: ClassVar[bool] = True
@@ -39,8 +42,19 @@ class LabelConsistent(CleanLabel, Additive):
     reduced_amplitude: float = option(
         1.0, "amplitude of the mark, as a share of 255", source="BackdoorBench", low=0, high=1
     )
+    mark_scale: int | None = option(
+        None, "side of each of the 3x3 cells of a mark, in pixels; one for each whole 32 of the image", low=1
+    )
     pgd_eps: float = option(16.0, "bound of the perturbation in pixel values", source="paper", low=0, high=255)
     pgd_steps: int = option(20, "steps of PGD, each of 2.5 pgd_eps / pgd_steps", low=1)
+
+    def check(self, spec: DatasetSpec) -> None:
+        super().check(spec)
+        if self.mark_scale and 6 * self.mark_scale > min(spec.height, spec.width):
+            raise UserError(
+                f"--mark_scale {self.mark_scale}: marks of {3 * self.mark_scale} pixels in each corner overlap on "
+                f"images of {spec.height} x {spec.width}; lower it"
+            )
 
     def learn(self, lab: Lab) -> LabelConsistent:
         chosen = self.choose(lab.data.labels.cpu())
@@ -76,7 +90,7 @@ class LabelConsistent(CleanLabel, Additive):
         return replace(part, images=self.learned["perturbed"].to(data.device)) if train else part
 
     def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
-        grow = max(1, min(height, width) // 32)
+        grow = self.mark_scale or max(1, min(height, width) // 32)
         left = torch.tensor(_CORNER, dtype=torch.float32).repeat_interleave(grow, 0).repeat_interleave(grow, 1)
         side, mark = len(left), torch.zeros(1, height, width)
         for rows in (slice(0, side), slice(height - side, height)):
