@@ -3,10 +3,21 @@
 from ulrl.attacks.base import ATTACKS
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
+from ulrl.own_model import Purified, Suspicion, purify, suspect
 from ulrl.record import Record, load_record
 
 __version__ = "0.1.0"
-__all__ = ["Record", "UserError", "list_attacks", "list_defenses", "load_record"]
+__all__ = [
+    "Purified",
+    "Record",
+    "Suspicion",
+    "UserError",
+    "list_attacks",
+    "list_defenses",
+    "load_record",
+    "purify",
+    "suspect",
+]
 
 
 def list_attacks() -> list[str]:

@@ -129,6 +129,17 @@ class Schema:
                 raise UserError(f"unknown key {key!r} in {file}{nearest(str(key), list(self.fields))}")
         return {k: self._convert(k, v, f"{k} in {file}") for k, v in content.items() if v is not None}
 
+    def keywords(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments, converted.
+
+        Raises:
+            UserError: an unknown name or an unfit value.
+        """
+        for key in given:
+            if key not in self.fields:
+                raise UserError(f"unknown option {key!r}{nearest(key, list(self.fields))}")
+        return {k: self._convert(k, v, k) for k, v in given.items()}
+
     def merge(self, *layers: tuple[str, Mapping[str, Any]]) -> tuple[Settings, list[str]]:
         """Merge layers of (origin, values), later ones winning; also the ignored keys they held."""
         values: dict[str, Any] = {}

@@ -21,12 +21,12 @@ def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> tor
 
 
 @contextlib.contextmanager
-def global_stream(seed: int, stream: str) -> Iterator[None]:
-    """Seed torch's global CPU generator inside the block, and put it back afterwards.
+def global_stream(seed: int, stream: str, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch's global generators, the CPU's and that of `device`, inside the block, and put them back.
 
-    For what draws from the global generator and cannot be given another: the initialisation of
-    `torch.nn` modules. Models are built on the CPU, so the CPU generator is the one that counts.
+    For what draws from them and cannot be given another: the initialisation of `torch.nn` modules, dropout.
     """
-    with torch.random.fork_rng(devices=[]):
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(stream_seed(seed, stream))
         yield

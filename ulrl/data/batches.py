@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from ulrl.data.imageset import DatasetSpec, ImageSet
+from ulrl.data.imageset import DatasetSpec, ImageSet, InputSet
 
 
 def normalise(images: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
@@ -94,6 +94,9 @@ class Batches:
             images, labels = data.images[at], data.labels[at]
             if self.mix is not None:
                 images, labels = self.mix(images, labels)
+            if isinstance(data, InputSet):
+                yield (data.augment(images) if self.augmented and data.augment else images), labels
+                continue
             if self.augmented:
                 images = augment(images, data.spec, self.generator)  # type: ignore[arg-type]
             yield normalise(images, data.spec), labels

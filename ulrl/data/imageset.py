@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -64,6 +65,17 @@ class ImageSet:
         """The samples at `indices` (int64 [n]), in that order."""
         indices = indices.to(self.device)
         return replace(self, **{k: v[indices] for k, v in self._tensors().items()})
+
+
+@dataclass(frozen=True)
+class InputSet(ImageSet):
+    """Samples as some model expects them, for one that is not of ours: images float32 [N, C, H, W].
+
+    They are neither normalised nor augmented, but by `augment`, where it is given (float32 [B, C, H, W] in
+    and out). Mean and deviation of the spec say which value was black and which was white.
+    """
+
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

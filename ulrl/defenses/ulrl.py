@@ -12,7 +12,7 @@ from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
-from ulrl.defenses.unlearning import Unlearning, robust_z
+from ulrl.defenses.unlearning import Unlearned, Unlearning, robust_z
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
@@ -53,8 +53,7 @@ class ULRL(Unlearning):
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
-        unlearned = self.unlearn(model, clean, monitor)
-        neurons, spread = self._rank(head, unlearned.model.get_submodule(head_name))
+        neurons, unlearned, spread = self.diagnose(model, clean, monitor)
         flagged = neurons[neurons.flagged].sort_values("z", ascending=False).index.tolist()
         rows = flagged or ([int(neurons.change.to_numpy().argmax())] if self.on_empty == "top1" else [])
         if rows or self.on_empty == "finetune":
@@ -67,6 +66,16 @@ class ULRL(Unlearning):
             **spread,
         }
         return Repair(model, flagged, evidence, {"neurons": neurons})
+
+    def diagnose(
+        self, model: nn.Module, clean: ImageSet, monitor: Monitor
+    ) -> tuple[pd.DataFrame, Unlearned, dict[str, float]]:
+        """Steps 1 and 2, which leave `model` as it is: one row per class (change, z, flagged), the unlearned copy,
+        and the spread that z is measured in."""
+        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        unlearned = self.unlearn(model, clean, monitor)
+        neurons, spread = self._rank(head, unlearned.model.get_submodule(name))
+        return neurons, unlearned, spread
 
     def _rank(self, before: nn.Linear, after: nn.Module) -> tuple[pd.DataFrame, dict[str, float]]:
         """One row per class: L1 change of its weights (the bias does not count), z, and whether flagged."""

@@ -14,7 +14,7 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
     with `num_classes` outputs, in the order of `model.named_modules()`.
 
     Raises:
-        UserError: there is none, or the named one is no such layer.
+        UserError: there is none, the named one is no such layer, or its weight serves another layer too.
     """
     heads = {
         path: module
@@ -27,4 +27,10 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
         name = list(heads)[-1]
     elif name not in heads:
         raise UserError(f"linear_name {name!r} is no layer with {num_classes} outputs; known: {', '.join(heads)}")
+    for other, weight in model.named_parameters(remove_duplicate=False):
+        if weight is heads[name].weight and other != f"{name}.weight":
+            raise UserError(
+                f"the weight of the head {name} is also {other}, which would change with it; give the head a weight "
+                "of its own (nn.Parameter(weight.clone())), or take a method that edits no head, such as ft-sam"
+            )
     return name, heads[name]
