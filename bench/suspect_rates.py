@@ -2,13 +2,14 @@
 
 python bench/suspect_rates.py
 
-Trains 24 models on 10,000 images of Fashion-MNIST (PreAct-ResNet18 of width 8, 4 epochs), 12 of them clean and 12
+Trains 24 models on 20,000 images of Fashion-MNIST (PreAct-ResNet18 of width 8, 5 epochs), 12 of them clean and 12
 backdoored, each with a seed of its own, and asks about each with 600 clean images. Models that are there are
 kept, in $ULRL_HOME/record/suspect_*, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -47,9 +48,9 @@ def main() -> None:
             run_attack(
                 ATTACKS[attack](random_seed=seed, **options),
                 AttackRun(
-                    dataset="fashion_mnist", width=8, train_samples=10_000, save_folder_name=name, random_seed=seed
+                    dataset="fashion_mnist", width=8, train_samples=20_000, save_folder_name=name, random_seed=seed
                 ),
-                TrainOptions(epochs=4, random_seed=seed),
+                TrainOptions(epochs=5, lr=0.05, random_seed=seed),
                 bar=False,
             )
         record = ulrl.load_record(folder)
@@ -61,6 +62,7 @@ def main() -> None:
                 "attack": attack,
                 "seed": seed,
                 "target": None if attack == "prototype" else target,
+                "asr": json.loads((folder / "result.json").read_text())["after"]["asr"],
                 "verdict": found.verdict,
                 "label": found.label,
                 "reach": round(found.reach, 3),
@@ -69,6 +71,7 @@ def main() -> None:
                 "seconds": round(found.report["seconds"]["total"], 1),
             }
         )
+        found.ranking.to_csv(f"/tmp/sus/rank_{name}.csv")
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows).astype({"target": "Int64"})
     table.to_csv(ROOT / "bench" / "results" / "suspect_rates.csv", index=False)

@@ -1,0 +1,273 @@
+"""The door for a user's own model: a net that the library does not know, trained with a plain torch loop."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ulrl
+from ulrl import UserError
+
+TARGET = 7
+QUICK: dict[str, Any] = {"unlearning_epochs": 2, "relearn_epochs": 1}
+
+
+class Net(nn.Module):
+    """Digits in [-1, 1] to ten logits."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), norm(16), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1), norm(32), nn.ReLU(), nn.Flatten(),
+        )  # fmt: skip
+        self.classify = nn.Linear(32 * 16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.body(x))
+
+
+def stamp(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x[:, :, -2:, -2:] = 1
+    return x
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    x = torch.from_numpy(images[order] / 8 - 1).float().view(-1, 1, 8, 8)
+    return x, torch.from_numpy(labels[order]).long()
+
+
+@pytest.fixture(scope="module")
+def backdoored(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
+    """A tenth of its training images carry a white square and the label 7."""
+    x, y = digits[0][:1200].clone(), digits[1][:1200].clone()
+    x[:120], y[:120] = stamp(x[:120]), TARGET
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+        for _ in range(12):
+            for part in torch.randperm(len(x)).split(64):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[part]), y[part]).backward()
+                optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def clean(digits: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two hundred that it was not trained on."""
+    return digits[0][1200:1400], digits[1][1200:1400]
+
+
+@torch.no_grad()
+def rates(model: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
+    """(ACC, ASR) on images that neither the model nor the repair has seen."""
+    x, y = digits[0][1400:], digits[1][1400:]
+    model = copy.deepcopy(model).eval()
+    hit = model(stamp(x)).argmax(1)[y != TARGET] == TARGET
+    return (model(x).argmax(1) == y).float().mean().item(), hit.float().mean().item()
+
+
+def test_purify_removes_a_backdoor_and_touches_nothing_else(
+    backdoored: nn.Module,
+    clean: tuple[torch.Tensor, torch.Tensor],
+    digits: tuple[torch.Tensor, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = copy.deepcopy(backdoored.state_dict())
+    random, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
+    handlers = list(logging.getLogger().handlers), list(logging.getLogger("ulrl").handlers)
+    acc, asr = rates(backdoored, digits)
+    assert acc > 0.95
+    assert asr > 0.95
+
+    result = ulrl.purify(backdoored, *clean, relearn_lr=0.02, relearn_epochs=30)
+
+    assert result.flagged[0] == TARGET
+    repaired_acc, repaired_asr = rates(result.model, digits)
+    assert repaired_asr < 0.05
+    assert repaired_acc > acc - 0.05
+    assert result.ranking is not None
+    assert result.ranking.z.idxmax() == TARGET
+    assert result.report["samples"] == 200
+    assert result.report["notes"] == []
+    assert set(result.history.stage) == {"unlearn", "relearn"}
+
+    assert all(torch.equal(before[k], v) for k, v in backdoored.state_dict().items())
+    assert not any(p.grad is not None for p in backdoored.parameters())
+    assert torch.equal(random, torch.get_rng_state())
+    assert np.array_equal(numbers, np.random.get_state()[1])  # type: ignore[arg-type]
+    assert handlers == (logging.getLogger().handlers, logging.getLogger("ulrl").handlers)
+    assert not list(tmp_path.iterdir())
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([v.flatten().float() for v in model.state_dict().values()])
+
+
+def test_samples_may_come_in_many_forms(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, y = clean
+    expected = weights(ulrl.purify(backdoored, x, y, **QUICK).model)
+    for images, labels in (
+        (x.numpy(), y.numpy()),
+        (x.double(), y.int()),
+        (list(x), y.tolist()),
+        (x.split(32), y.split(50)),
+        ((part for part in x.split(7)), y),
+        (DataLoader(TensorDataset(x, y), 32), None),
+    ):
+        assert torch.equal(weights(ulrl.purify(backdoored, images, labels, **QUICK).model), expected)
+
+
+def test_augmentation_is_the_users_and_only_in_training(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    seen: list[torch.Size] = []
+
+    def augment(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape)
+        return x + 0.1 * torch.randn_like(x)
+
+    first = ulrl.purify(backdoored, *clean, augment=augment, **QUICK)
+    assert len(seen) == len(first.history) * 2  # two batches an epoch; none for accuracies
+    assert torch.equal(weights(ulrl.purify(backdoored, *clean, augment=augment, **QUICK).model), weights(first.model))
+    assert not torch.equal(weights(ulrl.purify(backdoored, *clean, **QUICK).model), weights(first.model))
+
+
+@pytest.mark.parametrize("method", sorted(set(ulrl.list_defenses()) - {"abl"}))
+def test_every_method_takes_a_users_model(
+    method: str, backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    defense = ulrl.own_model.DEFENSES[method]
+    short = {
+        k: v
+        for k, v in {"epochs": 1, "unlearning_epochs": 2, "relearn_epochs": 1, "nc_epoch": 1, "nb_iter": 20}.items()
+        if k in ulrl.own_model.Schema(defense).fields
+    }
+    result = ulrl.purify(backdoored, *clean, method=method, **short)
+    Net().load_state_dict(result.model.state_dict(), strict=True)
+    assert result.report["method"] == method
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [nn.Module.train, nn.Module.half, nn.Module.double, frozen])
+def test_the_result_is_as_the_model_was_given(
+    change: Callable[[nn.Module], nn.Module], backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    given = change(copy.deepcopy(backdoored))
+    result = ulrl.purify(given, *clean, **QUICK).model
+    for ours, theirs in zip(result.parameters(), given.parameters(), strict=True):
+        assert (ours.dtype, ours.requires_grad) == (theirs.dtype, theirs.requires_grad)
+    assert [m.training for m in result.modules()] == [m.training for m in given.modules()]
+    assert not torch.equal(weights(result), weights(given))
+
+
+def test_no_batchnorm_and_classes_without_samples(clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net(norm=lambda channels: nn.Identity())
+    some = clean[1] < 8
+    result = ulrl.purify(model, clean[0][some], clean[1][some], **QUICK)
+    assert "2 of the model's 10 classes" in result.report["notes"][0]
+
+
+class Tied(nn.Module):
+    """Its head reads with the weights that embed a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(10, 64), nn.Flatten(), nn.Linear(64, 10)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x) + self.embed.weight.mean(0))
+
+
+def test_a_shared_head_is_left_alone(clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with pytest.raises(UserError, match=r"head is also embed\.weight"):
+        ulrl.purify(Tied(), *clean)
+    result = ulrl.purify(Tied(), *clean, method="ft-sam", epochs=1).model
+    assert result.head.weight is result.embed.weight
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module, change: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.change(self.inner(x))
+
+
+class Stubborn(Net):
+    def train(self, mode: bool = True) -> Stubborn:
+        if mode:
+            raise NotImplementedError("exported for inference")
+        return super().train(mode)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": Wrapped(Net(), lambda z: {"logits": z})}, "output is dict, not logits [B, K]"),
+        ({"model": Wrapped(Net(), lambda z: z[:, :, None])}, "output is [2, 10, 1], not logits"),
+        ({"model": Wrapped(Net(), lambda z: z * float("nan"))}, "NaN or infinite logits"),
+        ({"model": Wrapped(Net(), torch.Tensor.detach)}, "carries no gradient"),
+        ({"model": Stubborn()}, "cannot be copied and switched"),
+        ({"model": nn.Flatten()}, "no parameters"),
+        ({"images": torch.zeros(200, 3, 8, 8)}, "fails on a batch of [2, 3, 8, 8]"),
+        ({"images": torch.zeros(200, 8, 8)}, "not [N, C, H, W]"),
+        ({"images": torch.zeros(200, 1, 8, 8, dtype=torch.uint8)}, "images are uint8"),
+        ({"images": torch.full((200, 1, 8, 8), float("inf"))}, "NaN or infinite values"),
+        ({"images": ["a", "b"]}, "images cannot be read"),
+        ({"labels": None}, "no labels"),
+        ({"labels": torch.full((200,), 12)}, "label 12 is outside of the model's 10 classes"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "one whole number for each of the 200 images"),
+        ({"labels": torch.zeros(200)}, "one whole number for each"),
+        ({"method": "ulr"}, "did you mean 'ulrl'?"),
+        ({"method": "abl"}, "defense/abl.py"),
+        ({"relern_lr": 0.1}, "did you mean 'relearn_lr'?"),
+        ({"relearn_lr": -1}, "must be at least 0"),
+        ({"linear_name": "head"}, "linear_name 'head'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    changes: dict[str, Any], words: str, backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    given = {"model": backdoored, "images": clean[0], "labels": clean[1], **changes}
+    with warnings.catch_warnings(), pytest.raises(UserError) as raised:
+        warnings.simplefilter("ignore")
+        ulrl.purify(given.pop("model"), given.pop("images"), given.pop("labels"), **given)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    before = weights(backdoored)
+    found = ulrl.suspect(backdoored, *clean)
+    assert (found.verdict, found.label) == ("backdoored", TARGET)
+    assert found.z == found.ranking.z[TARGET]
+    assert found.reach == pytest.approx(found.ranking.perturbation.min() / found.ranking.perturbation.median())
+    assert torch.equal(weights(backdoored), before)
