@@ -29,19 +29,20 @@ class Net(nn.Module):
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), norm(16), nn.ReLU(),
-            nn.Conv2d(16, 32, 3, 2, 1), norm(32), nn.ReLU(), nn.Flatten(),
-        )  # fmt: skip
-        self.classify = nn.Linear(32 * 16, 10)
+
+        def block(inside: int, outside: int, stride: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1), norm(outside), nn.ReLU())
+
+        self.body = nn.Sequential(block(1, 16, 1), block(16, 32, 2), block(32, 64, 1), nn.AdaptiveAvgPool2d(1))
+        self.classify = nn.Linear(64, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classify(self.body(x))
+        return self.classify(self.body(x).flatten(1))
 
 
 def stamp(x: torch.Tensor) -> torch.Tensor:
     x = x.clone()
-    x[:, :, -2:, -2:] = 1
+    x[:, :, -1, -1] = 1
     return x
 
 
@@ -55,7 +56,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def backdoored(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
-    """A tenth of its training images carry a white square and the label 7."""
+    """A tenth of its training images carry a white pixel and the label 7."""
     x, y = digits[0][:1200].clone(), digits[1][:1200].clone()
     x[:120], y[:120] = stamp(x[:120]), TARGET
     with torch.random.fork_rng():
@@ -98,9 +99,9 @@ def test_purify_removes_a_backdoor_and_touches_nothing_else(
     handlers = list(logging.getLogger().handlers), list(logging.getLogger("ulrl").handlers)
     acc, asr = rates(backdoored, digits)
     assert acc > 0.95
-    assert asr > 0.95
+    assert asr > 0.9
 
-    result = ulrl.purify(backdoored, *clean, relearn_lr=0.02, relearn_epochs=30)
+    result = ulrl.purify(backdoored, *clean, batch_size=32, relearn_lr=0.02)
 
     assert result.flagged[0] == TARGET
     repaired_acc, repaired_asr = rates(result.model, digits)
@@ -266,7 +267,7 @@ def test_bad_input_is_one_sentence(
 
 def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
     before = weights(backdoored)
-    found = ulrl.suspect(backdoored, *clean)
+    found = ulrl.suspect(backdoored, *clean, batch_size=32)
     assert (found.verdict, found.label) == ("backdoored", TARGET)
     assert found.z == found.ranking.z[TARGET]
     assert found.reach == pytest.approx(found.ranking.perturbation.min() / found.ranking.perturbation.median())
