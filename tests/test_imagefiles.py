@@ -239,31 +239,31 @@ def test_a_changed_source_is_converted_anew(own: Path, monkeypatch: pytest.Monke
         seen.clear()
         load_dataset("folder", str(own), (16,))
         assert not seen, what
-    caches = sorted(p.name[:11] for p in (own / imagefiles.CACHE).glob("*.npy"))
-    assert caches == ["test_16x16_", "train_16x16"], "stale ones are removed"
+    assert len(list((own / imagefiles.CACHE).glob("*.npy"))) == 1, "stale ones are removed"
     load_dataset("folder", str(own), (8, 12))
     load_dataset("folder", str(own), (16,))
-    assert len(list((own / imagefiles.CACHE).glob("*.npy"))) == 4, "sizes have files of their own"
+    assert len(list((own / imagefiles.CACHE).glob("*.npy"))) == 2, "sizes have files of their own"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\3\4 no array", b"cut", b"other shape"])
 def test_a_damaged_cache_is_written_anew(own: Path, content: bytes) -> None:
-    first, _ = load_dataset("folder", str(own), (16,))
-    (cache,) = (own / imagefiles.CACHE).glob("train*.npy")
+    first = load_dataset("folder", str(own), (16,))[0].images.clone()  # what is mapped is gone when the file is cut
+    (cache,) = (own / imagefiles.CACHE).glob("*.npy")
     if content == b"cut":
         content = cache.read_bytes()[:-1]
     elif content == b"other shape":
         content = cache.read_bytes().replace(b"16, 16)", b"32, 8) ")
     cache.write_bytes(content)
     again, _ = load_dataset("folder", str(own), (16,))
-    assert torch.equal(first.images, again.images)
+    assert torch.equal(first, again.images)
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_read(own: Path, caplog: pytest.LogCaptureFixture) -> None:
     (own / imagefiles.CACHE).write_text("a file where the folder should be")
     with caplog.at_level(logging.INFO, "ulrl"):
         train, test = load_dataset("folder", str(own), (16,))
-    assert [str(own / imagefiles.CACHE) in line for line in caplog.messages] == [True, True]  # train, test
+    (line,) = caplog.messages
+    assert str(own / imagefiles.CACHE) in line
     shutil.rmtree(own / imagefiles.CACHE, ignore_errors=True)
     (own / imagefiles.CACHE).unlink()
     cached = load_dataset("folder", str(own), (16,))
@@ -281,7 +281,7 @@ def test_a_full_disk_is_said_and_the_images_are_read(
     with caplog.at_level(logging.WARNING, "ulrl"):
         train, _ = load_dataset("folder", str(own), (16,))
     assert "No space left" in caplog.text
-    assert len(train) == 19
+    assert len(train) == 18
     assert [p.name for p in (own / imagefiles.CACHE).iterdir()] == ["lock"]
 
 

@@ -86,7 +86,9 @@ def load_dataset(name: str, dataset_path: str = "./data", img_size: Sequence[int
         train, test = _READERS[name](folder)
         return _image_set(*train, spec), _image_set(*test, spec)
     listed, judged = _LAYOUTS[name](folder)
-    return read_images(listed, folder, "train", spec), read_images(judged, folder, "test", spec)
+    whole, n = read_images([*listed, *judged], folder, spec), len(listed)
+    # Parts of the file that is mapped: `subset` would read and copy them.
+    return ImageSet(whole.images[:n], whole.labels[:n], spec), ImageSet(whole.images[n:], whole.labels[n:], spec)
 
 
 Split = tuple[np.ndarray[Any, Any], Any]  # images uint8 [N, H, W, C] or [N, H, W], labels [N]

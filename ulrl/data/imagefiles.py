@@ -31,26 +31,28 @@ CACHE = ".ulrl_cache"
 BLOCK = 1024  # images decoded before they are written, so that a large set needs little memory
 
 
-def read_images(samples: Sequence[Sample], root: Path, split: str, spec: DatasetSpec) -> ImageSet:
+def read_images(samples: Sequence[Sample], root: Path, spec: DatasetSpec) -> ImageSet:
     """The images in `samples`' order, resized to `spec`, on the CPU.
 
-    The first call writes them to `.ulrl_cache/<split>_<height>x<width>_<fingerprint>.npy` in `root`, the
-    folder of the data. Later ones map that file (copy on write), as long as the number of images, their
-    names, sizes and times of change are the same. Where it cannot be written, that is said and the
-    images are decoded each time.
+    The first call writes them to `.ulrl_cache/<height>x<width>_<fingerprint>.npy` in `root`, the folder of
+    the data. Later ones map that file (copy on write), as long as the images' number, names, sizes and times
+    of change are the same. Where it cannot be written, that is said and the images are decoded each time.
 
     Raises:
         UserError: an image is missing or cannot be read.
     """
-    files, shape = [file for file, _ in samples], (len(samples), *spec.img_size[2:], *spec.img_size[:2])
-    cache = root / CACHE / f"{split}_{spec.height}x{spec.width}_{_fingerprint(files, root, shape)}.npy"
+    files = [file for file, _ in samples]
+    shape = (len(files), spec.channels, spec.height, spec.width)
+    cache = root / CACHE / f"{spec.height}x{spec.width}_{_fingerprint(files, root, shape)}.npy"
     images = _map(cache, shape)
     if images is None:
         try:
             images = _convert(files, spec, cache, shape)
         except OSError as error:
-            log.warning("no cache in %s (%s): %s images are decoded anew at every start", cache.parent,
-                        error.strerror, spec.name)  # fmt: skip
+            log.warning(
+                "no cache in %s (%s): the images of %s are decoded at every start",
+                cache.parent, error.strerror, spec.name,
+            )  # fmt: skip
             images = np.empty(shape, np.uint8)
             for start, block in _blocks(files, spec):
                 images[start : start + len(block)] = block
@@ -92,7 +94,7 @@ def _convert(files: Sequence[str], spec: DatasetSpec, cache: Path, shape: tuple[
                 np.lib.format.write_array_header_1_0(file, header)
                 for _, block in _blocks(files, spec):
                     file.write(block.data)
-            for stale in cache.parent.glob(f"{cache.name.rsplit('_', 1)[0]}_*.npy"):
+            for stale in cache.parent.glob(f"{spec.height}x{spec.width}_*.npy"):
                 if stale != cache:
                     stale.unlink()
             images = np.lib.format.open_memmap(cache, mode="c")
