@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ulrl.attacks.base import ATTACKS, Attack
-from ulrl.data.datasets import SPECS
+from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT, home
@@ -132,7 +132,7 @@ def _defense(name: str, argv: Sequence[str]) -> None:
 def _defense_options(
     name: str, record: Record, schema: Schema, flags: dict[str, Any], given: tuple[str, dict[str, Any]]
 ) -> tuple[Defense, DefenseRun]:
-    if not given[1]:
+    if not given[1] and record.dataset in DATASETS:  # a record could name a path
         given = _yaml_layer(schema, None, Path("config/defense") / name / f"{record.dataset}.yaml")
     settings = _merge(schema, flags, given)
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
@@ -203,7 +203,7 @@ def _method_table() -> Table:
         for name, cls in registry.items():
             module = sys.modules[cls.__module__]
             table.add_row(kind, name, (module.__doc__ or "").splitlines()[0])
-    table.add_row("dataset", ", ".join(SPECS), "")
+    table.add_row("dataset", ", ".join(DATASETS), "")
     table.add_row("model", ", ".join(MODELS), "")
     return table
 

@@ -117,13 +117,7 @@ class Record:
                 f"{self.folder} stores no poisoned training set (bd_train is None), which this method "
                 "needs; choose another record, or a defense that works from clean samples"
             )
-        if len(clean) != len(state.indicator) or not torch.equal(
-            clean.labels[state.indices.to(clean.device)].cpu(), state.original_labels
-        ):
-            raise UserError(
-                f"{self.folder} was not made from this {spec.name} training split (their sizes or labels "
-                "differ); point to the data it was made from"
-            )
+        self._check_split(state, clean, "training")
         poisoned = state.indicator[state.exposed].to(clean.device)
         whole = clean.subset(state.exposed)
         images, labels = whole.images, whole.labels.clone()  # a subset is a copy
@@ -131,12 +125,29 @@ class Record:
         labels[poisoned] = state.labels.to(clean.device)
         return PoisonedSet(images, labels, spec, whole.labels, state.exposed.to(clean.device))
 
+    def check_test(self, clean: ImageSet) -> None:
+        """Raises UserError if a folder of the user's is not the one that the record was made from.
+
+        The clean test split's size and labels tell. A published data set is told by its name.
+        """
+        if self.dataset == "folder":
+            self._check_split(self.bd_test, clean, "test")
+
+    def _check_split(self, state: PoisonState, clean: ImageSet, split: str) -> None:
+        if len(clean) != len(state.indicator) or not torch.equal(
+            clean.labels[state.indices.to(clean.device)].cpu(), state.original_labels
+        ):
+            raise UserError(
+                f"{self.folder} was not made from this {clean.spec.name} {split} split (their sizes or labels "
+                "differ); point --dataset_path to the data it was made from"
+            )
+
     def _images(self, state: PoisonState, spec: DatasetSpec) -> torch.Tensor:
         """uint8 [P, C, H, W], decoded by a pool of threads."""
         if (spec.img_size, spec.num_classes) != (self.img_size, self.num_classes):
             raise UserError(
                 f"{self.folder} holds images of {self.img_size} in {self.num_classes} classes, but "
-                f"{spec.name} has {spec.img_size} in {spec.num_classes}; choose the record's own data set"
+                f"{spec.name} has {spec.img_size} in {spec.num_classes}; point --dataset_path to the record's own data"
             )
         images = torch.empty(len(state.files), spec.channels, spec.height, spec.width, dtype=torch.uint8)
         root = self.folder / state.folder

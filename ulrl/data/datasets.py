@@ -1,7 +1,7 @@
 """The data sets: their facts, and reading each into one uint8 ImageSet.
 
 Means, deviations and augmentation are BackdoorBench's for the sets that it has; Fashion-MNIST's and the
-digits' are those of their own training pixels.
+digits' are those of their own training pixels. `folder` is the user's own; its facts are in its files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gzip
 import math
 import socket
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ulrl.data import layouts
+from ulrl.data.imagefiles import read_images
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
 from ulrl.files import find_input
@@ -26,6 +28,15 @@ from ulrl.seeds import generator
 
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR100 = tuple(
+    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
+    shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+    telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+)
 
 SPECS = {
     spec.name: spec
@@ -37,34 +48,47 @@ SPECS = {
             "cifar10", 10, 3, 32, 32, (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261),
             hflip=True, class_names=_CIFAR10,
         ),
+        DatasetSpec(
+            "cifar100", 100, 3, 32, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), class_names=_CIFAR100
+        ),
+        DatasetSpec("gtsrb", 43, 3, 32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        DatasetSpec("tiny", 200, 3, 64, 64, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     )
 }  # fmt: skip
+DATASETS = (*SPECS, "folder")
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
 
-def dataset_spec(name: str) -> DatasetSpec:
-    """The facts of a data set.
+def dataset_spec(name: str, dataset_path: str = "./data", img_size: Sequence[int] = ()) -> DatasetSpec:
+    """The facts of a data set; only those of `folder` depend on the path and the size.
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name; `folder` is not such a folder.
     """
-    if name not in SPECS:
-        raise UserError(f"unknown dataset {name!r}{nearest(name, list(SPECS))}")
-    return SPECS[name]
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}{nearest(name, list(DATASETS))}")
+    return SPECS[name] if name in SPECS else layouts.folder_spec(find_input(dataset_path), img_size)
 
 
-def load_dataset(name: str, dataset_path: str = "./data") -> tuple[ImageSet, ImageSet]:
-    """The (train, test) splits on the CPU, read from `<dataset_path>/<name>`, downloaded if need be.
+def load_dataset(name: str, dataset_path: str = "./data", img_size: Sequence[int] = ()) -> tuple[ImageSet, ImageSet]:
+    """The (train, test) splits on the CPU, read from `<dataset_path>/<name>`, downloaded where torchvision can.
+
+    `folder` is read from `dataset_path` itself, and its images are resized to `img_size`.
 
     Raises:
         UserError: unknown name; data that is missing and cannot be downloaded, or is damaged.
     """
-    spec = dataset_spec(name)
-    folder = find_input(dataset_path) / name
-    train, test = _READERS[name](folder)
-    return _image_set(*train, spec), _image_set(*test, spec)
+    spec = dataset_spec(name, dataset_path, img_size)
+    folder = find_input(dataset_path) / (name if name in SPECS else "")
+    if name in _READERS:
+        train, test = _READERS[name](folder)
+        return _image_set(*train, spec), _image_set(*test, spec)
+    listed, judged = _LAYOUTS[name](folder)
+    whole, n = read_images([*listed, *judged], folder, spec), len(listed)
+    # Parts of the file that is mapped: `subset` would read and copy them.
+    return ImageSet(whole.images[:n], whole.labels[:n], spec), ImageSet(whole.images[n:], whole.labels[n:], spec)
 
 
 Split = tuple[np.ndarray[Any, Any], Any]  # images uint8 [N, H, W, C] or [N, H, W], labels [N]
@@ -134,16 +158,21 @@ def _read_idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
         raise UserError(f"{path} is damaged; remove it to have it downloaded again") from None
 
 
-def _cifar10(folder: Path) -> tuple[Split, Split]:
-    from ulrl.tv import torchvision
+def _cifar(class_name: str, title: str) -> Callable[[Path], tuple[Split, Split]]:
+    """A reader of torchvision's layout: pickled arrays, opened only if their MD5 is that of the publisher's."""
 
-    cls = torchvision.datasets.CIFAR10
-    try:
-        train, test = cls(folder, train=True), cls(folder, train=False)
-    except RuntimeError:  # torchvision found the files missing, or their checksum wrong
-        with _download(folder, "CIFAR-10", [str(folder / cls.base_folder)]):
-            train, test = cls(folder, train=True, download=True), cls(folder, train=False)
-    return (train.data, train.targets), (test.data, test.targets)
+    def read(folder: Path) -> tuple[Split, Split]:
+        from ulrl.tv import torchvision
+
+        cls = getattr(torchvision.datasets, class_name)
+        try:
+            train, test = cls(folder, train=True), cls(folder, train=False)
+        except RuntimeError:  # torchvision found the files missing, or their checksum wrong
+            with _download(folder, title, [str(folder / cls.base_folder)]):
+                train, test = cls(folder, train=True, download=True), cls(folder, train=False)
+        return (train.data, train.targets), (test.data, test.targets)
+
+    return read
 
 
 @contextmanager
@@ -171,7 +200,13 @@ _READERS: dict[str, Callable[[Path], tuple[Split, Split]]] = {
     "digits": _digits,
     "mnist": _mnist_like("MNIST"),
     "fashion_mnist": _mnist_like("FashionMNIST", DEBIAN_FASHION_MNIST),
-    "cifar10": _cifar10,
+    "cifar10": _cifar("CIFAR10", "CIFAR-10"),
+    "cifar100": _cifar("CIFAR100", "CIFAR-100"),
+}
+_LAYOUTS: dict[str, Callable[[Path], layouts.Splits]] = {
+    "gtsrb": layouts.gtsrb,
+    "tiny": layouts.tiny,
+    "folder": layouts.folder,
 }
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ulrl.attacks.base import Attack
 from ulrl.attacks.lab import Lab
 from ulrl.data.datasets import dataset_spec, load_dataset
-from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.files import home, save_torch, whole_file, whole_folder
 from ulrl.metrics import Judgement, perceptibility
@@ -58,6 +58,9 @@ class PreviewRun(RunOptions):
     yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml")
     bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
     dataset: str = option("digits", "data set", source="embedded, needs no download")
+    img_size: tuple[int, ...] = option(
+        (), "--dataset folder: height and width that its images are resized to, or one number for both; 64 if not given"
+    )
     train_samples: int | None = option(None, "train on a random subset of this many images", low=2)
     model: str = option("preactresnet18", "architecture", source="BackdoorBench")
     width: int = option(WIDTH, "channels of preactresnet18's first layer", source="BackdoorBench's net", low=1)
@@ -85,15 +88,15 @@ def run_attack(
         UserError: bad options, data that is not there, a record of that name.
     """
     start = time.perf_counter()
-    spec = dataset_spec(run.dataset)
+    spec = _spec(run)
     attack.check(spec)
     device = pick_device(run.device)
-    clean_model = _clean_model(attack, run, device)
+    clean_model = _clean_model(attack, run, spec, device)
     name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
     with whole_folder(home() / "record" / name, overwrite=run.overwrite, keep=LEARNED) as folder, log_file(folder):
-        train, clean_test = load_dataset(run.dataset, run.dataset_path)
+        train, clean_test = load_dataset(run.dataset, run.dataset_path, run.img_size)
         n_train, kept = len(train), _training_subset(len(train), run)
         train, clean_test = (train.subset(kept) if len(kept) < n_train else train).to(device), clean_test.to(device)
         chosen = attack.choose(train.labels.cpu())
@@ -132,7 +135,7 @@ def run_attack(
             folder, final_name=name, model_name=run.model, num_classes=spec.num_classes,
             state_dict=model.state_dict(), spec=spec, poisoned_test=poisoned_test, n_test=len(clean_test),
             poisoned_train=poisoned_train if len(poisoned_train) else None, n_train=n_train, train_indices=kept,
-            info=_info(attack, run, training, name),
+            info=_info(attack, run, training, spec, name),
         )  # fmt: skip
         for file, positions in (("poison_index.txt", chosen), ("cover_index.txt", covers)):
             if len(positions):
@@ -174,11 +177,11 @@ def run_preview(
             f"the trigger of {attack.name} is trained together with the model, so there is none to show before; "
             f"run attack/{attack.name}.py, whose record holds trigger_preview.png"
         )
-    spec = dataset_spec(run.dataset)
+    spec = _spec(run)
     attack.check(spec)
     device = pick_device(run.device)
-    clean_model = _clean_model(attack, run, device)
-    train, test = load_dataset(run.dataset, run.dataset_path)
+    clean_model = _clean_model(attack, run, spec, device)
+    train, test = load_dataset(run.dataset, run.dataset_path, run.img_size)
     kept = _training_subset(len(train), run)
     train, test = train.subset(kept).to(device), test.to(device)
     with tempfile.TemporaryDirectory() as cache:
@@ -193,17 +196,29 @@ def run_preview(
     return path, figures
 
 
-def _clean_model(attack: Attack, run: PreviewRun, device: torch.device) -> nn.Module | None:
+def _spec(run: PreviewRun) -> DatasetSpec:
+    """The facts of the data set that the user named."""
+    spec = dataset_spec(run.dataset, run.dataset_path, run.img_size)
+    if run.img_size and run.dataset != "folder":
+        raise UserError(
+            f"--img_size would have no effect: the images of {spec.name} are {spec.height} x {spec.width}; leave it out"
+        )
+    return spec
+
+
+def _clean_model(attack: Attack, run: PreviewRun, spec: DatasetSpec, device: torch.device) -> nn.Module | None:
     """The clean model that the user named."""
     if run.clean_model is None:
         return None
     if not attack.needs_clean_model:
         raise UserError(f"--clean_model would have no effect: {attack.name} needs no clean model; leave it out")
-    record, spec = find_record(run.clean_model, "--clean_model"), dataset_spec(run.dataset)
-    if (record.model_name, record.dataset) != (run.model, run.dataset):
+    record = find_record(run.clean_model, "--clean_model")
+    is_for = (record.model_name, record.dataset, record.img_size, record.num_classes)
+    if is_for != (wanted := (run.model, spec.name, spec.img_size, spec.num_classes)):
+        about = "{0} for {1} of {2} in {3} classes"
         raise UserError(
-            f"--clean_model {run.clean_model} is a {record.model_name} for {record.dataset}, not a {run.model} for "
-            f"{run.dataset}; train one with attack/prototype.py"
+            f"--clean_model {run.clean_model} is a {about.format(*is_for)}, not a {about.format(*wanted)}; train one "
+            "with attack/prototype.py"
         )
     return load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
 
@@ -218,7 +233,7 @@ def _lab(
         return model.to(train.device)
 
     # All that what it learns may depend on; a given clean model by a checksum.
-    subject = (run.dataset, run.dataset_path, run.train_samples, run.model, run.width, run.random_seed)
+    subject = (run.dataset, run.dataset_path, run.img_size, run.train_samples, run.model, run.width, run.random_seed)
     checksum = [w.double().sum().item() for w in clean_model.state_dict().values()] if clean_model else None
     key = hashlib.sha256(repr((attack.name, options_of(attack, training), subject, checksum)).encode()).hexdigest()
     return Lab(train, origin, training, monitor, new_model, clean_model, cache, key)
@@ -238,9 +253,8 @@ def _training_subset(size: int, run: PreviewRun) -> torch.Tensor:
     return order[: run.train_samples].sort().values
 
 
-def _info(attack: Attack, run: AttackRun, training: TrainOptions, name: str) -> dict[str, Any]:
+def _info(attack: Attack, run: AttackRun, training: TrainOptions, spec: DatasetSpec, name: str) -> dict[str, Any]:
     """BackdoorBench's info.pickle: every option by its name there, in builtin types."""
-    spec = dataset_spec(run.dataset)
     return {
         **options_of(attack, run, training), "attack": attack.name, "save_folder_name": name,
         "save_path": f"./record/{name}", "num_classes": spec.num_classes, "input_height": spec.height,

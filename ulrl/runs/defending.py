@@ -87,11 +87,13 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
                 f"--{flag} {named} (or that key in YAML) contradicts the record {record.name}, "
                 f"which says {recorded}; leave it out"
             )
-    spec = dataset_spec(record.dataset)
+    size = record.img_size[:2]
+    spec = dataset_spec(record.dataset, run.dataset_path, size)
     device = pick_device(run.device)
     poisoned_test = record.poisoned_test(spec).to(device)
     model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
-    train, clean_test = load_dataset(record.dataset, run.dataset_path)
+    train, clean_test = load_dataset(record.dataset, run.dataset_path, size)
+    record.check_test(clean_test)
     clean_test = clean_test.to(device)
     index = torch.empty(0, dtype=torch.int64) if defense.in_training else _clean_index(run, len(train))
     if len(index) == 1:
