@@ -68,6 +68,7 @@ def backdoored(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[part]), y[part]).backward()
                 optimizer.step()
+    model.zero_grad()
     return model.eval()
 
 
