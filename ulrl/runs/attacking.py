@@ -55,7 +55,7 @@ LEARNED = "learned"  # folder of a record: what its attack computed before train
 class PreviewRun(RunOptions):
     """What data and what network an attack is made for."""
 
-    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml")
+    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml, <model>.yaml")
     bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
     dataset: str = option("digits", "data set", source="embedded, needs no download")
     train_samples: int | None = option(None, "train on a random subset of this many images", low=2)
