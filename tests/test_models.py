@@ -232,6 +232,7 @@ REFUSED = {
     "anp": {"vgg19": "no normalisation layer"},
     "bnp": {"vgg19": "has none", "vit_tiny": "has none", "convnext_tiny": "has none"},
     "nad": {"vit_tiny": "spatial stages"},
+    "i-bau": {"mobilenet_v3_large": "second derivatives, which a layer of the model lacks"},  # torch's hardsigmoid
 }
 WITH_NORMS = ["vgg19", "vgg19_bn", "mobilenet_v3_large", "convnext_tiny", "vit_tiny"]  # one of each kind
 
