@@ -272,8 +272,8 @@ def test_a_record_of_an_unknown_data_set_or_model(refused: Refused, tiny_home: P
     result = torch.load(file, weights_only=False)
     torch.save({**result, "clean_data": "imagenet"}, file)
     refused("defense", REPAIR, "'imagenet'")
-    torch.save({**result, "model_name": "vgg19"}, file)
-    refused("defense", REPAIR, "'vgg19'", "preactresnet18")
+    torch.save({**result, "model_name": "alexnet"}, file)
+    refused("defense", REPAIR, "'alexnet'", "preactresnet18")
     torch.save({**result, "num_classes": 12}, file)
     refused("defense", REPAIR, "12")
     weights = {name: value for name, value in result["model"].items() if name != "linear.bias"}

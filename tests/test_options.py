@@ -21,6 +21,7 @@ from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
+from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import IGNORED, Schema, option
 from ulrl.runs.attacking import AttackRun
 from ulrl.runs.defending import DefenseRun
@@ -419,9 +420,13 @@ def test_shipped_files_are_options_of_their_method() -> None:
         assert schema_of(file).yaml(file), file
 
 
-def test_shipped_prototype_files_are_of_the_data_set_in_their_name() -> None:
+def test_shipped_prototype_files_are_of_the_data_set_or_the_architecture_in_their_name() -> None:
     for file in (CONFIG / "attack" / "prototype").glob("*.yaml"):
-        assert ATTACK_SCHEMA.yaml(file)["dataset"] == file.stem
+        content = ATTACK_SCHEMA.yaml(file)
+        if file.stem in ARCHITECTURES:  # it lies over any data set's
+            assert not {"dataset", "model", "epochs"} & set(content)
+        else:
+            assert content["dataset"] == file.stem
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,7 @@ def test_values_out_of_range_are_refused(folder: Path) -> None:
         ("state dict", lambda r: r.update(model={"w": "text"})),
         ("state dict", lambda r: r.update(model={"w": torch.eye(2).to_sparse()})),
         ("state dict", lambda r: r.update(model={"w": torch.empty(2, device="meta")})),
+        ("state dict", lambda r: r.update(model={"w": torch.zeros(1).expand(10**12)})),
         ("bd_test is not a dict", lambda r: r.update(bd_test=None)),
         ("bd_data_container", lambda r: train(r).pop("bd_data_container")),
         ("data_dict", lambda r: train(r)["bd_data_container"].pop("data_dict")),

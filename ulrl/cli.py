@@ -22,7 +22,7 @@ from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT, home
-from ulrl.models import MODELS
+from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
 from ulrl.report.tables import comparison_table, perceptibility_table, result_table
@@ -107,10 +107,10 @@ def _attack_options(
     schema = Schema(run_options, cls, TrainOptions)
     flags = schema.flags(argv, prog, inspect.getdoc(cls) or "")
     dataset = flags.get("dataset", run_options.dataset)
-    files = (
-        _yaml_layer(schema, flags.get("yaml_path"), Path("config/attack/prototype") / f"{dataset}.yaml"),
-        _yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml"),
-    )
+    training = _usual_layers(schema, Path("config/attack/prototype"), dataset, flags.get("model"))
+    if "yaml_path" in flags:
+        training = [_yaml_layer(schema, flags["yaml_path"])]
+    files = (*training, _yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml"))
     for other, ours in OTHER_NAMES.items():  # in a defense's file they only describe the record
         if any(other in layer for layer in (flags, *(values for _, values in files))):
             raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
@@ -122,19 +122,18 @@ def _defense(name: str, argv: Sequence[str]) -> None:
     cls = DEFENSES[name]
     schema = Schema(DefenseRun, cls)
     flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(cls) or "")
-    given = _yaml_layer(schema, flags.get("yaml_path"), None)
-    record = find_record(flags.get("result_file", given[1].get("result_file", "")))
+    given = _yaml_layer(schema, flags.get("yaml_path"))
+    record = find_record(flags.get("result_file") or given[1].get("result_file", ""))
     defense, run = _defense_options(name, record, schema, flags, given)
     folder, result = run_defense(defense, record, run)
     _report(folder, result)
 
 
 def _defense_options(
-    name: str, record: Record, schema: Schema, flags: dict[str, Any], given: tuple[str, dict[str, Any]]
+    name: str, record: Record, schema: Schema, flags: dict[str, Any], given: Layer
 ) -> tuple[Defense, DefenseRun]:
-    if not given[1] and record.dataset in DATASETS:  # a record could name a path
-        given = _yaml_layer(schema, None, Path("config/defense") / name / f"{record.dataset}.yaml")
-    settings = _merge(schema, flags, given)
+    usual = _usual_layers(schema, Path("config/defense") / name, record.dataset, record.model_name)
+    settings = _merge(schema, flags, *([given] if given[1] else usual))
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
 
 
@@ -166,14 +165,35 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
     _print(comparison_table(record.name, results))
 
 
-def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:
+Layer = tuple[str, dict[str, Any]]
+
+
+def _yaml_layer(schema: Schema, given: str | None, usual: Path | None = None) -> Layer:
     """The options of the file that the user named, or of the usual one where that exists."""
     if given is None and usual is not None:
         given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
     return (given, schema.yaml(given)) if given else ("", {})
 
 
-def _merge(schema: Schema, flags: dict[str, Any], *files: tuple[str, dict[str, Any]]) -> Settings:
+def _usual_layers(schema: Schema, folder: Path, dataset: str, model: str | None) -> list[Layer]:
+    """The data set's file and, over it, the architecture's, of those that exist.
+
+    model: the user's or the record's; else the file's own. What a file says of layers is of its own model.
+    """
+
+    def layer(name: str | None) -> Layer:
+        usual = folder / f"{name}.yaml"  # a record's name, which could lead anywhere
+        return _yaml_layer(schema, None, usual) if usual.parent == folder else ("", {})
+
+    path, values = layer(dataset)
+    if model is None:
+        model = values.get("model")
+    elif values.get("model", model) != model:
+        values = {k: v for k, v in values.items() if k not in ("model", "width", "linear_name")}
+    return [(path, values), layer(model)]
+
+
+def _merge(schema: Schema, flags: dict[str, Any], *files: Layer) -> Settings:
     settings, ignored = schema.merge(*files, ("flag", flags))
     for path, _ in files:
         if path:
@@ -204,7 +224,7 @@ def _method_table() -> Table:
             module = sys.modules[cls.__module__]
             table.add_row(kind, name, (module.__doc__ or "").splitlines()[0])
     table.add_row("dataset", ", ".join(DATASETS), "")
-    table.add_row("model", ", ".join(MODELS), "")
+    table.add_row("model", ", ".join(ARCHITECTURES), "")
     return table
 
 

@@ -121,12 +121,17 @@ class TrainOptions:
     random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        if self.client_optimizer == "adamw":
-            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.wd)
-        return torch.optim.SGD(model.parameters(), self.lr, self.sgd_momentum, weight_decay=self.wd)
+        return make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum, self.wd)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return make_scheduler(optimizer, self.lr_scheduler, self.epochs, self.steplr_milestones, self.steplr_gamma)
+
+
+def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wd: float = 0.0) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS for all parameters of `model`; `momentum` is sgd's, and adamw's decay is decoupled."""
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=wd)
+    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=wd)
 
 
 def make_scheduler(

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense
 from ulrl.options import option
-from ulrl.training import SCHEDULERS, Monitor, Objective, cross_entropy, fit, make_scheduler
+from ulrl.training import (
+    OPTIMIZERS,
+    SCHEDULERS,
+    Monitor,
+    Objective,
+    cross_entropy,
+    fit,
+    make_optimizer,
+    make_scheduler,
+)
 
 _BENCH = "BackdoorBench"
 
@@ -26,8 +34,8 @@ class FineTuning(Defense):
     lr_scheduler: str = option("CosineAnnealingLR", "rate over the epochs", source=_BENCH, choices=SCHEDULERS)
     steplr_milestones: tuple[int, ...] = option((), "MultiStepLR: epochs after which the rate drops")
     steplr_gamma: float = option(0.1, "MultiStepLR: factor of each drop", source=_BENCH, low=0)
-    client_optimizer: str = option("sgd", "optimiser", source=_BENCH, choices=("sgd",))
-    sgd_momentum: float = option(0.9, "momentum", source=_BENCH, low=0, high=1)
+    client_optimizer: str = option("sgd", "optimiser", source=_BENCH, choices=OPTIMIZERS)
+    sgd_momentum: float = option(0.9, "momentum of sgd", source=_BENCH, low=0, high=1)
     wd: float = option(5e-4, "weight decay", source=_BENCH, low=0)
 
     def finetune(
@@ -44,7 +52,7 @@ class FineTuning(Defense):
     ) -> None:
         """Train every weight of `model`, in place, for `self.epochs` or `epochs`; `sam_rho` is adaptive."""
         epochs = epochs or self.epochs
-        optimizer = torch.optim.SGD(model.parameters(), self.lr, self.sgd_momentum, weight_decay=self.wd)
+        optimizer = make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum, self.wd)
         scheduler = make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma)
         fit(
             model, self.batches(clean, stage), epochs, optimizer, scheduler, monitor, stage, amp=self.amp,

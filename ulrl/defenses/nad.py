@@ -82,18 +82,20 @@ def attention(activations: torch.Tensor, p: float) -> torch.Tensor:
     return F.normalize(activations.float().abs().pow(p).sum(1).flatten(1))
 
 
-@torch.no_grad()
 def spatial_stages(model: nn.Module, x: torch.Tensor) -> list[str]:
     """The modules whose outputs end a stage, in order: a stage is the part of a network at one spatial size.
 
     Of the outputs [B, C, H, W] of one size it is the last of the outermost modules' (`layer2`, not
     `layer2.1.conv2`, nor the `layer3.0.bn1` that comes before the stride). Sizes only shrink: an output that grows
-    again, such as a pooled one spread out, is no stage; nor is one of a single pixel.
+    again, such as a pooled one spread out, is no stage; nor is one of a single pixel, or one that no weight
+    has a part in, such as a resized image.
     """
     ends: dict[torch.Size, tuple[int, str]] = {}  # by size: how deep the module is nested, and its name
 
     def after(name: str, output: Any) -> None:
         if not isinstance(output, torch.Tensor) or output.ndim != 4 or output.shape[2:].numel() == 1:
+            return
+        if not output.requires_grad:
             return
         size, depth = output.shape[2:], name.count(".")
         if depth <= ends[size][0] if size in ends else all(size.numel() < s.numel() for s in ends):

@@ -14,7 +14,7 @@ from ulrl.defenses.selection import Selecting, sweep
 from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.options import option
-from ulrl.training import Monitor, fit, make_scheduler
+from ulrl.training import Monitor, fit, make_optimizer, make_scheduler
 
 _RELEASE = "TSBD release"
 NEURON_RATIOS = (0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -92,7 +92,7 @@ class TSBD(Selecting, Unlearning):
         return Repair(model, [], evidence, tables, swept.candidates)
 
     def _finetune(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> None:
-        optimizer = torch.optim.SGD(model.parameters(), self.lr, self.sgd_momentum)
+        optimizer = make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum)
         fit(
             model, self.batches(clean, "finetune"), self.epochs, optimizer,
             make_scheduler(optimizer, "constant", self.epochs), monitor, "finetune",

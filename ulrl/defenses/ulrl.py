@@ -16,7 +16,7 @@ from ulrl.defenses.unlearning import Unlearned, Unlearning, robust_z
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import Monitor, cross_entropy, fit, make_scheduler
+from ulrl.training import Monitor, cross_entropy, fit, make_optimizer, make_scheduler
 
 _RELEASE = "ULRL release"
 
@@ -105,7 +105,7 @@ class ULRL(Unlearning):
             loss, right = cross_entropy(model, x, y)
             return loss + self.relearn_alpha * F.cosine_similarity(head.weight[index], original, dim=1).sum(), right
 
-        optimizer = torch.optim.SGD(model.parameters(), self.relearn_lr, self.sgd_momentum)
+        optimizer = make_optimizer(model, self.client_optimizer, self.relearn_lr, self.sgd_momentum)
         fit(
             model, self.batches(clean, "relearn"), self.relearn_epochs, optimizer,
             make_scheduler(optimizer, "CosineAnnealingLR", self.relearn_epochs), monitor, "relearn",

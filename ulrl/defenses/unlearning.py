@@ -13,7 +13,7 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense
 from ulrl.options import option
-from ulrl.training import SCHEDULERS, Monitor, fit, make_scheduler, predict
+from ulrl.training import OPTIMIZERS, SCHEDULERS, Monitor, fit, make_optimizer, make_scheduler, predict
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,10 @@ class Unlearning(Defense):
     clean_threshold: float = option(
         0.2, "unlearn until accuracy on the clean samples is at most this", source=_RELEASES, low=0, high=1
     )
-    client_optimizer: str = option("sgd", "optimiser of every stage", source=_RELEASES, choices=("sgd",))
-    sgd_momentum: float = option(0.9, "momentum of every stage", source=_RELEASES, low=0, high=1)
+    client_optimizer: str = option(
+        "sgd", "optimiser of the stages that train weights", source=_RELEASES, choices=OPTIMIZERS
+    )
+    sgd_momentum: float = option(0.9, "momentum of every stage, with sgd", source=_RELEASES, low=0, high=1)
     wd: float = option(5e-4, "weight decay in unlearning (there is none later)", source=_RELEASES, low=0)
 
     def unlearn(self, model: nn.Module, clean: ImageSet, monitor: Monitor, *, in_eval: bool = False) -> Unlearned:
@@ -81,7 +83,7 @@ class Unlearning(Defense):
                 measured = (predict(copied, clean, self.amp) == clean.labels).double().mean().item()
             return measured <= self.clean_threshold
 
-        optimizer = torch.optim.SGD(copied.parameters(), self.unlearning_lr, self.sgd_momentum, weight_decay=self.wd)
+        optimizer = make_optimizer(copied, self.client_optimizer, self.unlearning_lr, self.sgd_momentum, self.wd)
         epochs = self.unlearning_epochs
         reached = fit(
             copied, self.batches(clean, "unlearn"), epochs, optimizer,

@@ -22,7 +22,7 @@ from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.files import home, save_torch, whole_file, whole_folder
 from ulrl.metrics import Judgement, perceptibility
-from ulrl.models import WIDTH, build_model, load_model
+from ulrl.models import build_model, load_model
 from ulrl.options import option
 from ulrl.record import write_record
 from ulrl.report import plots
@@ -55,7 +55,7 @@ LEARNED = "learned"  # folder of a record: what its attack computed before train
 class PreviewRun(RunOptions):
     """What data and what network an attack is made for."""
 
-    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml")
+    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml, <model>.yaml")
     bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
     dataset: str = option("digits", "data set", source="embedded, needs no download")
     img_size: tuple[int, ...] = option(
@@ -63,7 +63,11 @@ class PreviewRun(RunOptions):
     )
     train_samples: int | None = option(None, "train on a random subset of this many images", low=2)
     model: str = option("preactresnet18", "architecture", source="BackdoorBench")
-    width: int = option(WIDTH, "channels of preactresnet18's first layer", source="BackdoorBench's net", low=1)
+    width: int | None = option(
+        None, "channels of the first layer (of a ViT, the embedding's size), for a narrow net; the architecture's own",
+        source="BackdoorBench's nets", low=1,
+    )  # fmt: skip
+    pretrained: bool = option(False, "start from torchvision's ImageNet weights, all but the head")
     clean_model: str | None = option(
         None, "record of a clean model of that architecture, for an attack that needs one; else it trains its own"
     )
@@ -229,11 +233,16 @@ def _lab(
 ) -> Lab:  # fmt: skip
     def new_model(stream: str) -> nn.Module:
         spec, seed = train.spec, run.random_seed
-        model = build_model(run.model, spec.num_classes, spec.channels, run.width, seed=seed, stream=stream)
+        model = build_model(
+            run.model, spec.num_classes, spec.channels, run.width, pretrained=run.pretrained, seed=seed, stream=stream
+        )
         return model.to(train.device)
 
     # All that what it learns may depend on; a given clean model by a checksum.
-    subject = (run.dataset, run.dataset_path, run.img_size, run.train_samples, run.model, run.width, run.random_seed)
+    subject = (
+        run.dataset, run.dataset_path, run.img_size, run.train_samples, run.model, run.width, run.pretrained,
+        run.random_seed,
+    )  # fmt: skip
     checksum = [w.double().sum().item() for w in clean_model.state_dict().values()] if clean_model else None
     key = hashlib.sha256(repr((attack.name, options_of(attack, training), subject, checksum)).encode()).hexdigest()
     return Lab(train, origin, training, monitor, new_model, clean_model, cache, key)

@@ -52,7 +52,9 @@ class DefenseRun(RunOptions):
     """Which record to repair, and with how many clean samples."""
 
     result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
-    yaml_path: str | None = option(None, "options file; else config/defense/<defense>/<dataset of the record>.yaml")
+    yaml_path: str | None = option(
+        None, "options file; else <dataset>.yaml and <model>.yaml of config/defense/<defense>/"
+    )
     dataset: str | None = option(None, "data set; the record's, another is an error")
     model: str | None = option(None, "architecture; the record's, another is an error")
     ratio: float = option(
