@@ -21,13 +21,12 @@ from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import SPECS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
-from ulrl.files import PACKAGE_ROOT, home
 from ulrl.models import MODELS
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
 from ulrl.report.tables import comparison_table, perceptibility_table, result_table
 from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
-from ulrl.runs.common import find_record, pick_device
+from ulrl.runs.common import attack_layers, defense_layer, find_record, pick_device, yaml_layer
 from ulrl.runs.defending import DefenseRun, run_defense, run_once
 from ulrl.training import TrainOptions
 
@@ -56,14 +55,6 @@ USAGE = """usage: ulrl list
        ulrl compare RECORD --defenses NAME,NAME,... --seeds N     several defenses on one record, as a table
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
 Add --help after a name for its options."""
-
-
-OTHER_NAMES = {
-    "target_label": "attack_target",
-    "poison_rate": "pratio",
-    "target_type": "attack_label_trans",
-    "pretrain_model_path": "clean_model",
-}
 
 
 def _command(arguments: list[str]) -> None:
@@ -106,15 +97,7 @@ def _attack_options(
     cls = ATTACKS[name]
     schema = Schema(run_options, cls, TrainOptions)
     flags = schema.flags(argv, prog, inspect.getdoc(cls) or "")
-    dataset = flags.get("dataset", run_options.dataset)
-    files = (
-        _yaml_layer(schema, flags.get("yaml_path"), Path("config/attack/prototype") / f"{dataset}.yaml"),
-        _yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml"),
-    )
-    for other, ours in OTHER_NAMES.items():  # in a defense's file they only describe the record
-        if any(other in layer for layer in (flags, *(values for _, values in files))):
-            raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
-    settings = _merge(schema, flags, *files)
+    settings = _merge(schema, flags, *attack_layers(schema, name, flags))
     return settings.build(cls), settings.build(run_options), settings.build(TrainOptions)
 
 
@@ -122,8 +105,8 @@ def _defense(name: str, argv: Sequence[str]) -> None:
     cls = DEFENSES[name]
     schema = Schema(DefenseRun, cls)
     flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(cls) or "")
-    given = _yaml_layer(schema, flags.get("yaml_path"), None)
-    record = find_record(flags.get("result_file", given[1].get("result_file", "")))
+    given = yaml_layer(schema, flags.get("yaml_path"), None)
+    record = find_record(flags.get("result_file") or given[1].get("result_file", ""))
     defense, run = _defense_options(name, record, schema, flags, given)
     folder, result = run_defense(defense, record, run)
     _report(folder, result)
@@ -133,7 +116,7 @@ def _defense_options(
     name: str, record: Record, schema: Schema, flags: dict[str, Any], given: tuple[str, dict[str, Any]]
 ) -> tuple[Defense, DefenseRun]:
     if not given[1]:
-        given = _yaml_layer(schema, None, Path("config/defense") / name / f"{record.dataset}.yaml")
+        given = defense_layer(schema, name, record.dataset)
     settings = _merge(schema, flags, given)
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
 
@@ -164,13 +147,6 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
             results.append(run_once(defense, record, run, overwrite=comparison.overwrite))
     _print(comparison_table(record.name, results))
-
-
-def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:
-    """The options of the file that the user named, or of the usual one where that exists."""
-    if given is None and usual is not None:
-        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
-    return (given, schema.yaml(given)) if given else ("", {})
 
 
 def _merge(schema: Schema, flags: dict[str, Any], *files: tuple[str, dict[str, Any]]) -> Settings:
