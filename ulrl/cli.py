@@ -28,6 +28,7 @@ from ulrl.report.tables import comparison_table, perceptibility_table, result_ta
 from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
 from ulrl.runs.common import attack_layers, defense_layer, find_record, pick_device, yaml_layer
 from ulrl.runs.defending import DefenseRun, run_defense, run_once
+from ulrl.sweep.scheduler import SweepOptions, sweep
 from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ USAGE = """usage: ulrl list
        ulrl attack NAME [options]      as python attack/NAME.py
        ulrl defense NAME [options]     as python defense/NAME.py
        ulrl compare RECORD --defenses NAME,NAME,... --seeds N     several defenses on one record, as a table
+       ulrl sweep FILE [options]       a grid of attacks and defenses; what is done is not done again
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
 Add --help after a name for its options."""
 
@@ -67,6 +69,8 @@ def _command(arguments: list[str]) -> None:
             _defense(name, rest)
         case ["compare", record, *rest] if not record.startswith("-"):
             _compare(record, rest)
+        case ["sweep", *rest]:
+            _sweep(rest)
         case ["preview", name, *rest] if not name.startswith("-"):
             _preview(name, rest)
         case ["--help" | "-h"]:
@@ -147,6 +151,17 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
             results.append(run_once(defense, record, run, overwrite=comparison.overwrite))
     _print(comparison_table(record.name, results))
+
+
+def _sweep(argv: Sequence[str]) -> None:
+    file = argv[0] if argv and not argv[0].startswith("-") else None
+    schema = Schema(SweepOptions)
+    description = "Do the runs that a sweep file names; exits with 1 when one failed."
+    flags = schema.flags(argv[1:] if file else argv, "ulrl sweep FILE", description)
+    if file is None:
+        raise UserError("name a sweep file first, such as config/sweep/quick.yaml")
+    if not sweep(file, schema.merge(("flag", flags))[0].build(SweepOptions)):
+        sys.exit(1)
 
 
 def _merge(schema: Schema, flags: dict[str, Any], *files: tuple[str, dict[str, Any]]) -> Settings:

@@ -117,9 +117,9 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> tuple[
     return files
 
 
-def defense_layer(schema: Schema, name: str, dataset: str) -> Layer:
-    """What the options file of a defense on that data set says."""
-    return yaml_layer(schema, None, Path("config/defense") / name / f"{dataset}.yaml")
+def defense_layer(schema: Schema, name: str, dataset: str, given: str | None = None) -> Layer:
+    """What the options file of a defense says: the one named, or the usual one for that data set."""
+    return yaml_layer(schema, given, Path("config/defense") / name / f"{dataset}.yaml")
 
 
 def yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> Layer:
