@@ -64,28 +64,33 @@ def read_sweep(path: str) -> list[Job]:
     """
     file = find_input(path)
     content = read_yaml(file)
-    _known(content, ("attacks", "defenses"), str(file))
-    if "attacks" not in content:
-        raise UserError(f"{file} names no attacks: give it a section attacks with the keys attack and dataset")
-    attacks = _section(content["attacks"], f"attacks in {file}", ("attack", "dataset"))
+    try:
+        return _jobs(content)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _jobs(content: Mapping[Any, Any]) -> list[Job]:
+    _known(content, ("attacks", "defenses"), "the file")
+    attacks = _section(content.get("attacks"), "attacks", ("attack", "dataset"))
     defenses = None
     if "defenses" in content:
-        defenses = _section(content["defenses"], f"defenses in {file}", ("defense",), tuple(attacks.axes))
+        defenses = _section(content["defenses"], "defenses", ("defense",), tuple(attacks.axes))
     jobs: dict[str, Job] = {}
     for cell, options in attacks.cells({}):
-        record = _attack_job(options, str(file))
+        record = _attack_job(options)
         jobs.setdefault(record.name, record)
         if defenses:
             beside = {**{k: v for k, v in cell.items() if k != "random_seed"}, "model": record.run.model}
             for _, given in defenses.cells(beside):
-                job = _defense_job(record, given, str(file))
+                job = _defense_job(record, given)
                 jobs.setdefault(job.name, job)
     return sorted(jobs.values(), key=lambda job: job.needs is not None)  # as sorting is stable, else as they come
 
 
 def _section(content: Any, where: str, required: Sequence[str], beside: Sequence[str] = ()) -> Section:
     if not isinstance(content, dict):
-        raise UserError(f"{where} must be a mapping of option: value or option: [values]")
+        raise UserError(f"{where} must be a section with a mapping of option: value or option: [values]")
     given = _by_name(content)
     if len(given) < len(content):
         raise UserError(f"{where} names an option twice: target is attack_target, seeds is random_seed")
@@ -155,13 +160,13 @@ def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
             raise UserError(f"unknown key {key!r} in {where}{nearest(str(key), list(known))}")
 
 
-def _attack_job(options: Cell, file: str) -> AttackJob:
+def _attack_job(options: Cell) -> AttackJob:
     cls = ATTACKS[str(options["attack"])]
     schema = Schema(AttackRun, cls, TrainOptions)
-    given = schema.check({k: v for k, v in options.items() if k != "attack"}, file)
-    device = _device(given, file)
+    given = schema.check({k: v for k, v in options.items() if k != "attack"}, "attacks")
+    device = _device(given)
     dataset_spec(given["dataset"])  # an unknown one is told before its options file is looked for
-    settings, _ = schema.merge(*attack_layers(schema, cls.name, given), (file, given | {"device": device}))
+    settings, _ = schema.merge(*attack_layers(schema, cls.name, given), ("", given | {"device": device}))
     attack, run, training = settings.build(cls), settings.build(AttackRun), settings.build(TrainOptions)
     attack.check(dataset_spec(run.dataset))
     words = (
@@ -172,16 +177,16 @@ def _attack_job(options: Cell, file: str) -> AttackJob:
     return AttackJob(name=name, needs=None, alike=alike, device=device, attack=attack, run=run, training=training)
 
 
-def _defense_job(record: AttackJob, options: Cell, file: str) -> DefenseJob:
+def _defense_job(record: AttackJob, options: Cell) -> DefenseJob:
     cls = DEFENSES[str(options["defense"])]
     schema = Schema(DefenseRun, cls)
-    given = schema.check({k: v for k, v in options.items() if k != "defense"}, file)
+    given = schema.check({k: v for k, v in options.items() if k != "defense"}, "defenses")
     for key in ("dataset", "model"):
         if key in given:
-            raise UserError(f"{key} of defenses in {file} would have no effect: it is the record's; leave it out")
-    device = _device(given, file)
+            raise UserError(f"{key} of defenses would have no effect: it is the record's; leave it out")
+    device = _device(given)
     layer = defense_layer(schema, cls.name, record.run.dataset, given.get("yaml_path"))
-    settings, _ = schema.merge(layer, (file, given | {"device": device}))
+    settings, _ = schema.merge(layer, ("", given | {"device": device}))
     defense, run = settings.build(cls), settings.build(DefenseRun)
     name = _name((defense.name, f"r{run.ratio:g}", f"s{run.random_seed}"), options_of(defense, run))
     return DefenseJob(
@@ -190,11 +195,11 @@ def _defense_job(record: AttackJob, options: Cell, file: str) -> DefenseJob:
     )  # fmt: skip
 
 
-def _device(given: Cell, file: str) -> str:
+def _device(given: Cell) -> str:
     """The sweep's own, as an options file's is of the machine that it was written on."""
     device = str(given.get("device", "auto"))
     if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device in {file}: {device!r} is none of auto, cpu, cuda; the sweep shares out the GPUs")
+        raise UserError(f"device {device!r} is none of auto, cpu, cuda; the sweep shares out the GPUs")
     return device
 
 
