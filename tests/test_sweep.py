@@ -307,7 +307,6 @@ def cluster(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tupl
     """A Ray cluster whose head does nothing, and two nodes of a CPU each, at home elsewhere."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_raylet_heartbeat_period_milliseconds", "200")
     monkeypatch.setenv("LEDGER", str(shared_home / "ledger"))
     small = {"object_store_memory": 100_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})

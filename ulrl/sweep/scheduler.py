@@ -21,7 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Does jobs, several at once. What a job comes to is told by its files."""
+    """Does jobs, several at once. What a job comes to is told by its files.
+
+    `finished` waits up to `timeout` seconds, also when nothing runs, and gives the jobs that ended, each with
+    what killed it, if anything did.
+    """
 
     @property
     def running(self) -> int: ...
@@ -99,13 +103,10 @@ def run_jobs(jobs: Sequence[Job], engine: Engine) -> dict[str, State]:
                 engine.start(job)
                 ours.add(job.name)
                 states[job.name] = State.RUNNING
-        ended = engine.finished(POLL)
-        for job, cause in ended:
+        for job, cause in engine.finished(POLL):
             ours.discard(job.name)
             if cause:
                 give_up(job, cause)
-        if not engine.running and not ended:
-            time.sleep(POLL)
         for job in jobs:
             if states[job.name] is State.RUNNING and job.name not in ours:
                 states[job.name] = state(job)
