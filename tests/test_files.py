@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another run"):
             write(folder, "second", overwrite=True)
     assert (folder / "a.txt").read_text() == "first"
+
+
+def test_a_folder_is_written_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, whose locks are only for what is open for writing."""
+
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    write(tmp_path / "x", "one")
+    assert (tmp_path / "x" / "a.txt").read_text() == "one"
 
 
 def test_a_kept_folder_outlives_a_failure_and_an_overwriting(tmp_path: Path) -> None:

@@ -21,14 +21,14 @@ from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
-from ulrl.files import PACKAGE_ROOT, home
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
 from ulrl.report.tables import comparison_table, perceptibility_table, result_table
 from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
-from ulrl.runs.common import find_record, pick_device
+from ulrl.runs.common import Layer, attack_layers, defense_layers, find_record, pick_device, yaml_layer
 from ulrl.runs.defending import DefenseRun, run_defense, run_once
+from ulrl.sweep.scheduler import SweepOptions, sweep
 from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -54,16 +54,9 @@ USAGE = """usage: ulrl list
        ulrl attack NAME [options]      as python attack/NAME.py
        ulrl defense NAME [options]     as python defense/NAME.py
        ulrl compare RECORD --defenses NAME,NAME,... --seeds N     several defenses on one record, as a table
+       ulrl sweep FILE [options]       a grid of attacks and defenses; what is done is not done again
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
 Add --help after a name for its options."""
-
-
-OTHER_NAMES = {
-    "target_label": "attack_target",
-    "poison_rate": "pratio",
-    "target_type": "attack_label_trans",
-    "pretrain_model_path": "clean_model",
-}
 
 
 def _command(arguments: list[str]) -> None:
@@ -76,6 +69,8 @@ def _command(arguments: list[str]) -> None:
             _defense(name, rest)
         case ["compare", record, *rest] if not record.startswith("-"):
             _compare(record, rest)
+        case ["sweep", *rest]:
+            _sweep(rest)
         case ["preview", name, *rest] if not name.startswith("-"):
             _preview(name, rest)
         case ["--help" | "-h"]:
@@ -106,15 +101,7 @@ def _attack_options(
     cls = ATTACKS[name]
     schema = Schema(run_options, cls, TrainOptions)
     flags = schema.flags(argv, prog, inspect.getdoc(cls) or "")
-    dataset = flags.get("dataset", run_options.dataset)
-    training = _usual_layers(schema, Path("config/attack/prototype"), dataset, flags.get("model"))
-    if "yaml_path" in flags:
-        training = [_yaml_layer(schema, flags["yaml_path"])]
-    files = (*training, _yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml"))
-    for other, ours in OTHER_NAMES.items():  # in a defense's file they only describe the record
-        if any(other in layer for layer in (flags, *(values for _, values in files))):
-            raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
-    settings = _merge(schema, flags, *files)
+    settings = _merge(schema, flags, *attack_layers(schema, name, flags))
     return settings.build(cls), settings.build(run_options), settings.build(TrainOptions)
 
 
@@ -122,7 +109,7 @@ def _defense(name: str, argv: Sequence[str]) -> None:
     cls = DEFENSES[name]
     schema = Schema(DefenseRun, cls)
     flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(cls) or "")
-    given = _yaml_layer(schema, flags.get("yaml_path"))
+    given = yaml_layer(schema, flags.get("yaml_path"))
     record = find_record(flags.get("result_file") or given[1].get("result_file", ""))
     defense, run = _defense_options(name, record, schema, flags, given)
     folder, result = run_defense(defense, record, run)
@@ -132,7 +119,7 @@ def _defense(name: str, argv: Sequence[str]) -> None:
 def _defense_options(
     name: str, record: Record, schema: Schema, flags: dict[str, Any], given: Layer
 ) -> tuple[Defense, DefenseRun]:
-    usual = _usual_layers(schema, Path("config/defense") / name, record.dataset, record.model_name)
+    usual = defense_layers(schema, name, record.dataset, record.model_name)
     settings = _merge(schema, flags, *([given] if given[1] else usual))
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
 
@@ -165,32 +152,15 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
     _print(comparison_table(record.name, results))
 
 
-Layer = tuple[str, dict[str, Any]]
-
-
-def _yaml_layer(schema: Schema, given: str | None, usual: Path | None = None) -> Layer:
-    """The options of the file that the user named, or of the usual one where that exists."""
-    if given is None and usual is not None:
-        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
-    return (given, schema.yaml(given)) if given else ("", {})
-
-
-def _usual_layers(schema: Schema, folder: Path, dataset: str, model: str | None) -> list[Layer]:
-    """The data set's file and, over it, the architecture's, of those that exist.
-
-    model: the user's or the record's; else the file's own. What a file says of layers is of its own model.
-    """
-
-    def layer(name: str | None) -> Layer:
-        usual = folder / f"{name}.yaml"  # a record's name, which could lead anywhere
-        return _yaml_layer(schema, None, usual) if usual.parent == folder else ("", {})
-
-    path, values = layer(dataset)
-    if model is None:
-        model = values.get("model")
-    elif values.get("model", model) != model:
-        values = {k: v for k, v in values.items() if k not in ("model", "width", "linear_name")}
-    return [(path, values), layer(model)]
+def _sweep(argv: Sequence[str]) -> None:
+    file = argv[0] if argv and not argv[0].startswith("-") else None
+    schema = Schema(SweepOptions)
+    description = "Do the runs that a sweep file names; exits with 1 when one failed."
+    flags = schema.flags(argv[1:] if file else argv, "ulrl sweep FILE", description)
+    if file is None:
+        raise UserError("name a sweep file first, such as config/sweep/quick.yaml")
+    if not sweep(file, schema.merge(("flag", flags))[0].build(SweepOptions)):
+        sys.exit(1)
 
 
 def _merge(schema: Schema, flags: dict[str, Any], *files: Layer) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -87,7 +88,7 @@ def _claim(partial: Path, folder: Path, keep: str) -> int:
     if partial.is_dir() and not partial.is_symlink():
         left = os.open(partial, os.O_RDONLY)
         try:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free when its run was killed
+            _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free when its run was killed
         except BlockingIOError:
             raise UserError(f"another run is writing {folder}; wait for it, or choose another name") from None
         finally:
@@ -95,8 +96,17 @@ def _claim(partial: Path, folder: Path, keep: str) -> int:
     _empty(partial, keep)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    _lock(lock, fcntl.LOCK_EX)
     return lock
+
+
+def _lock(folder: int, how: int) -> None:
+    """Lock an open folder, where the file system can: NFS locks only what is open for writing, so no folder."""
+    try:
+        fcntl.flock(folder, how)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):
+            raise
 
 
 def _empty(partial: Path, keep: str) -> None:

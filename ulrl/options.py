@@ -116,29 +116,18 @@ class Schema:
             UserError: no such file, not YAML, not a mapping, an unknown key or an unfit value.
         """
         file = find_input(path)
-        try:
-            content = yaml.safe_load(file.read_text())
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{file} holds a {type(content).__name__}, not a mapping of option: value lines")
-        for key in content:
-            if key not in self.fields and key not in self.ignored:
-                raise UserError(f"unknown key {key!r} in {file}{nearest(str(key), list(self.fields))}")
-        return {k: self._convert(k, v, f"{k} in {file}") for k, v in content.items() if v is not None}
+        return self.check(read_yaml(file), str(file))
 
-    def keywords(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments, converted.
+    def check(self, content: Mapping[Any, Any], where: str) -> dict[str, Any]:
+        """The values of a mapping, converted. Keys left empty count as not given.
 
         Raises:
-            UserError: an unknown name or an unfit value.
+            UserError: an unknown key or an unfit value; `where` says what held it.
         """
-        for key in given:
-            if key not in self.fields:
-                raise UserError(f"unknown option {key!r}{nearest(key, list(self.fields))}")
-        return {k: self._convert(k, v, k) for k, v in given.items()}
+        for key in content:
+            if key not in self.fields and key not in self.ignored:
+                raise UserError(f"unknown key {key!r} in {where}{nearest(str(key), list(self.fields))}")
+        return {k: self._convert(k, v, f"{k} in {where}") for k, v in content.items() if v is not None}
 
     def merge(self, *layers: tuple[str, Mapping[str, Any]]) -> tuple[Settings, list[str]]:
         """Merge layers of (origin, values), later ones winning; also the ignored keys they held."""
@@ -168,6 +157,23 @@ class Schema:
             if bound is not None and value is not None and fails(value):
                 raise UserError(f"{where}: {value} must be {words} {bound}")
         return value
+
+
+def read_yaml(file: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        UserError: no such file, not YAML, not a mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not a mapping of option: value lines")
+    return content
 
 
 class _Parser(argparse.ArgumentParser):

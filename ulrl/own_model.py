@@ -116,7 +116,9 @@ def _method(name: str, hyperparameters: dict[str, Any]) -> Any:
     defense = DEFENSES[name]
     if defense.in_training:
         raise UserError(f"{name} repairs while it trains on the poisoned training set; use defense/{name}.py")
-    return defense(**Schema(defense).keywords(hyperparameters))
+    schema = Schema(defense)
+    settings, _ = schema.merge(("", schema.check(hyperparameters, f"the options of {name}")))
+    return settings.build(defense)
 
 
 # What the user gave

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -24,9 +24,11 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT, home
 from ulrl.metrics import Judgement
-from ulrl.options import option
+from ulrl.options import Schema, option
 from ulrl.record import RESULT_FILE, Record, load_record
 from ulrl.training import EVAL_BATCH, Monitor, judge
+
+Layer = tuple[str, dict[str, Any]]  # an options file and its values
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,63 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # bytes there, KiB on Linux
+
+
+OTHER_NAMES = {
+    "target_label": "attack_target",
+    "poison_rate": "pratio",
+    "target_type": "attack_label_trans",
+    "pretrain_model_path": "clean_model",
+}
+
+
+def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[Layer]:
+    """What an attack's options files say: of the training, then of the attack; `flags` may name either.
+
+    Raises:
+        UserError: a file that cannot be used, or a name that would have no effect.
+    """
+    dataset = flags.get("dataset", schema.fields["dataset"].default)
+    training = _usual_layers(schema, Path("config/attack/prototype"), dataset, flags.get("model"))
+    if "yaml_path" in flags:
+        training = [yaml_layer(schema, flags["yaml_path"])]
+    files = [*training, yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml")]
+    for other, ours in OTHER_NAMES.items():  # in a defense's file they only describe the record
+        if any(other in layer for layer in (flags, *(values for _, values in files))):
+            raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
+    return files
+
+
+def defense_layers(schema: Schema, name: str, dataset: str, model: str, given: str | None = None) -> list[Layer]:
+    """What the options files of a defense say: the one named, or the usual ones for data set and model."""
+    if given is not None:
+        return [yaml_layer(schema, given)]
+    return _usual_layers(schema, Path("config/defense") / name, dataset, model)
+
+
+def yaml_layer(schema: Schema, given: str | None, usual: Path | None = None) -> Layer:
+    """The options of the file that the user named, or of the usual one where that exists."""
+    if given is None and usual is not None:
+        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
+    return (given, schema.yaml(given)) if given else ("", {})
+
+
+def _usual_layers(schema: Schema, folder: Path, dataset: str, model: str | None) -> list[Layer]:
+    """The data set's file and, over it, the architecture's, of those that exist.
+
+    model: the user's or the record's; else the file's own. What a file says of layers is of its own model.
+    """
+
+    def layer(name: str | None) -> Layer:
+        usual = folder / f"{name}.yaml"  # a record's name, which could lead anywhere
+        return yaml_layer(schema, None, usual) if usual.parent == folder else ("", {})
+
+    path, values = layer(dataset)
+    if model is None:
+        model = values.get("model")
+    elif values.get("model", model) != model:
+        values = {k: v for k, v in values.items() if k not in ("model", "width", "linear_name")}
+    return [(path, values), layer(model)]
 
 
 class Course:
