@@ -21,11 +21,19 @@ from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import SPECS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
-from ulrl.files import PACKAGE_ROOT, home
+from ulrl.files import PACKAGE_ROOT, find_input, home
 from ulrl.models import MODELS
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
-from ulrl.report.tables import comparison_table, perceptibility_table, result_table
+from ulrl.report.results import KEYS, export_frame, find_runs, frame_of_runs, in_order, select, summarise
+from ulrl.report.tables import (
+    comparison_table,
+    perceptibility_table,
+    result_table,
+    summary_latex,
+    summary_markdown,
+    summary_table,
+)
 from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
 from ulrl.runs.common import find_record, pick_device
 from ulrl.runs.defending import DefenseRun, run_defense, run_once
@@ -55,6 +63,9 @@ USAGE = """usage: ulrl list
        ulrl defense NAME [options]     as python defense/NAME.py
        ulrl compare RECORD --defenses NAME,NAME,... --seeds N     several defenses on one record, as a table
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
+       ulrl results [FOLDER] [options]     what runs came to, as a table; FOLDER is record/ where not given
+       ulrl report [FOLDER] --out FILE     the same as a page that opens in a browser, with a section per run
+       ulrl plot FIGURE [FOLDER] --out FILE     a figure for a paper: asr-acc, heatmap, ranking or tsne
 Add --help after a name for its options."""
 
 
@@ -78,6 +89,8 @@ def _command(arguments: list[str]) -> None:
             _compare(record, rest)
         case ["preview", name, *rest] if not name.startswith("-"):
             _preview(name, rest)
+        case ["results", *rest]:
+            _results(*_folder(rest))
         case ["--help" | "-h"]:
             print(USAGE)
         case _:
@@ -164,6 +177,52 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
             results.append(run_once(defense, record, run, overwrite=comparison.overwrite))
     _print(comparison_table(record.name, results))
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """Which runs, and how to show them."""
+
+    where: str | None = option(None, f"only runs with key=value, several with commas between; keys: {', '.join(KEYS)}")
+    by: str = option("dataset,model,attack,defense,ratio", "one line per value of these keys")
+    format: str = option("table", "how to print", choices=("table", "csv", "markdown", "latex"))
+    export: str | None = option(None, "also write every run to this file, .parquet or .csv")
+
+
+def _results(root: Path, argv: Sequence[str]) -> None:
+    """The summary of finished runs. As CSV it holds fractions and counts; elsewhere it is for reading."""
+    options = _plain_options(ResultsOptions, argv, "ulrl results [FOLDER]", "Collect what runs came to.")
+    frame = select(frame_of_runs(find_runs(root)[0]), options.where)
+    if frame.empty:
+        raise UserError(f"no result.json below {root}" + (f" with {options.where}" if options.where else ""))
+    summary = in_order(summarise(frame, options.by))
+    if options.export:
+        export_frame(frame, Path(options.export))
+    match options.format:
+        case "csv":
+            print(summary.to_csv(index=False), end="")
+        case "markdown":
+            print(summary_markdown(summary), end="")
+        case "latex":
+            print(summary_latex(summary), end="")
+        case _:
+            _print(summary_table(summary, f"{len(frame)} runs below {root}"))
+
+
+def _folder(arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
+    """The folder named first, or `record/`, and the arguments after it."""
+    if arguments and not arguments[0].startswith("-"):
+        return find_input(arguments[0]), arguments[1:]
+    return home() / "record", arguments
+
+
+Options = TypeVar("Options")
+
+
+def _plain_options(cls: type[Options], argv: Sequence[str], prog: str, description: str) -> Options:
+    """The options of a command that takes flags only."""
+    schema = Schema(cls)
+    return schema.merge(("flag", schema.flags(argv, prog, description)))[0].build(cls)
 
 
 def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:

@@ -167,7 +167,7 @@ def load_record(path: str | os.PathLike[str]) -> Record:
     if not file.is_file():
         raise UserError(f"{file} is missing: not a record, or an attack that did not finish; run it again")
     for name in (RESULT_FILE, INFO_FILE, "result.json"):
-        _real_path(folder / name, folder.resolve())
+        real_path(folder / name, folder.resolve())
     raw = _load(file)
     _need(file, type(raw) is dict, "holds no dict")
     missing = [key for key in KEYS if key not in raw]
@@ -452,7 +452,7 @@ def _attack_name(folder: Path) -> str | None:
 # Images and writing
 
 
-def _real_path(file: Path, inside: Path) -> Path:
+def real_path(file: Path, inside: Path) -> Path:
     """Where `file` really lies; refused when that is not `inside`."""
     real = Path(os.path.realpath(file))
     if not real.is_relative_to(inside):
@@ -462,7 +462,7 @@ def _real_path(file: Path, inside: Path) -> Path:
 
 def _read_png(file: Path, inside: Path, spec: DatasetSpec) -> torch.Tensor:
     """uint8 [C, H, W]."""
-    real = _real_path(file, inside)
+    real = real_path(file, inside)
     if not os.path.isfile(real):
         raise UserError(f"{file} is missing; unpack the whole record again")
     try:
