@@ -25,6 +25,7 @@ from ulrl.files import PACKAGE_ROOT, find_input, home
 from ulrl.models import MODELS
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
+from ulrl.report.page import write_report
 from ulrl.report.results import KEYS, export_frame, find_runs, frame_of_runs, in_order, select, summarise
 from ulrl.report.tables import (
     comparison_table,
@@ -91,6 +92,8 @@ def _command(arguments: list[str]) -> None:
             _preview(name, rest)
         case ["results", *rest]:
             _results(*_folder(rest))
+        case ["report", *rest]:
+            _page(*_folder(rest))
         case ["--help" | "-h"]:
             print(USAGE)
         case _:
@@ -207,6 +210,19 @@ def _results(root: Path, argv: Sequence[str]) -> None:
             print(summary_latex(summary), end="")
         case _:
             _print(summary_table(summary, f"{len(frame)} runs below {root}"))
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """Where the report goes."""
+
+    out: str = option("report.html", "the page; needs no other file and no network")
+
+
+def _page(root: Path, argv: Sequence[str]) -> None:
+    options = _plain_options(PageOptions, argv, "ulrl report [FOLDER]", "Make one page of all runs.")
+    runs = write_report(root, Path(options.out))
+    print(f"{options.out}: {runs} runs; open it in a browser")
 
 
 def _folder(arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:

@@ -43,13 +43,23 @@ def trigger_preview(path: Path, clean: torch.Tensor, poisoned: torch.Tensor, tit
     figure.savefig(path, dpi=110, format="png")
 
 
+def signed_z(neurons: pd.DataFrame) -> pd.Series:
+    """Each class's robust z, negative where it changed less than the median."""
+    return neurons.z.where(neurons.change >= neurons.change.median(), -neurons.z)
+
+
+def highest(signed: pd.Series) -> pd.Index:
+    """The classes to show, at most 40, the highest z first."""
+    return signed.sort_values(ascending=False).index[:40]
+
+
 def neuron_ranking(path: Path, neurons: pd.DataFrame, threshold: float, class_names: Sequence[str]) -> None:
     """Bars of each class's robust z (negative below the median), the threshold, flagged ones marked.
 
     neurons: index class; columns change (L1 weight change), z, flagged.
     """
-    signed = neurons.z.where(neurons.change >= neurons.change.median(), -neurons.z)
-    order = signed.sort_values(ascending=False).index[:40]
+    signed = signed_z(neurons)
+    order = highest(signed)
     named = [f"{k} {class_names[k]}" if class_names else str(k) for k in order]
     figure = Figure(figsize=(max(6.0, 0.32 * len(order) + 2), 3.8), layout="constrained")
     ax = figure.subplots()

@@ -64,7 +64,10 @@ def summary_table(summary: pd.DataFrame, title: str) -> Table:
     table = Table(title=escape(printable(title)), title_style="bold", caption=caption)
     for column in cells:
         figure = column in HEADS.values()
-        table.add_column(column, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
+        width = min(6, cells[column].str.len().max())  # of a key: on a narrow terminal the figures break first
+        table.add_column(
+            column, justify="right" if figure else "left", min_width=None if figure else width, overflow="fold"
+        )
     for row, marks in zip(cells.itertuples(index=False), bold.itertuples(index=False), strict=True):
         texts = [escape(printable(text)) for text in row]
         table.add_row(*(f"[bold]{text}[/bold]" if mark else text for text, mark in zip(texts, marks, strict=True)))
