@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -21,12 +22,23 @@ from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import SPECS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
-from ulrl.files import PACKAGE_ROOT, find_input, home
+from ulrl.files import PACKAGE_ROOT, find_input, home, whole_file
 from ulrl.models import MODELS
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
+from ulrl.registry import nearest
+from ulrl.report import plots
 from ulrl.report.page import write_report
-from ulrl.report.results import KEYS, export_frame, find_runs, frame_of_runs, in_order, select, summarise
+from ulrl.report.results import (
+    KEYS,
+    export_frame,
+    find_runs,
+    frame_of_runs,
+    in_order,
+    load_ranking,
+    select,
+    summarise,
+)
 from ulrl.report.tables import (
     comparison_table,
     perceptibility_table,
@@ -38,6 +50,7 @@ from ulrl.report.tables import (
 from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
 from ulrl.runs.common import find_record, pick_device
 from ulrl.runs.defending import DefenseRun, run_defense, run_once
+from ulrl.runs.showing import penultimate_features
 from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -94,6 +107,8 @@ def _command(arguments: list[str]) -> None:
             _results(*_folder(rest))
         case ["report", *rest]:
             _page(*_folder(rest))
+        case ["plot", figure, *rest] if not figure.startswith("-"):
+            _plot(figure, *_folder(rest))
         case ["--help" | "-h"]:
             print(USAGE)
         case _:
@@ -195,9 +210,7 @@ class ResultsOptions:
 def _results(root: Path, argv: Sequence[str]) -> None:
     """The summary of finished runs. As CSV it holds fractions and counts; elsewhere it is for reading."""
     options = _plain_options(ResultsOptions, argv, "ulrl results [FOLDER]", "Collect what runs came to.")
-    frame = select(frame_of_runs(find_runs(root)[0]), options.where)
-    if frame.empty:
-        raise UserError(f"no result.json below {root}" + (f" with {options.where}" if options.where else ""))
+    frame = _runs_below(root, options.where)
     summary = in_order(summarise(frame, options.by))
     if options.export:
         export_frame(frame, Path(options.export))
@@ -223,6 +236,53 @@ def _page(root: Path, argv: Sequence[str]) -> None:
     options = _plain_options(PageOptions, argv, "ulrl report [FOLDER]", "Make one page of all runs.")
     runs = write_report(root, Path(options.out))
     print(f"{options.out}: {runs} runs; open it in a browser")
+
+
+FIGURES = ("asr-acc", "heatmap", "ranking", "tsne")
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """What to draw, and where it goes."""
+
+    out: str = option("", "the figure's file: .pdf, .svg or .png", source="user")
+    where: str | None = option(None, f"asr-acc, heatmap: only runs with key=value; keys: {', '.join(KEYS)}")
+    metric: str = option("asr", "heatmap: the figure shown", choices=("asr", "ra", "acc", "der"))
+    samples: int = option(1000, "tsne: clean test images, and a fifth as many triggered ones", low=20)
+    dataset_path: str = option("./data", "tsne: folder that holds <dataset>/", source="BackdoorBench")
+    device: str = option("auto", "tsne: auto, cpu, cuda or cuda:N")
+
+
+def _plot(figure: str, root: Path, argv: Sequence[str]) -> None:
+    """asr-acc and heatmap are of all runs below a folder; ranking and tsne of one defense's folder."""
+    if figure not in FIGURES:
+        raise UserError(f"unknown figure {figure!r}{nearest(figure, list(FIGURES))}")
+    options = _plain_options(PlotOptions, argv, f"ulrl plot {figure} [FOLDER]", "Draw a figure for a paper.")
+    out = Path(options.out)
+    if out.suffix not in (".pdf", ".svg", ".png"):
+        raise UserError(f"--out {options.out!r}: name a file that ends in .pdf, .svg or .png")
+    format = out.suffix[1:]
+    with whole_file(out) as partial:
+        match figure:
+            case "ranking":
+                plots.neuron_ranking(partial, *load_ranking(root), format)
+            case "tsne":
+                plots.tsne(partial, *penultimate_features(root, options.dataset_path, options.device, options.samples),
+                           format)  # fmt: skip
+            case _:
+                frame = _runs_below(root, options.where)
+                if figure == "heatmap":
+                    plots.heatmap(partial, frame, options.metric, format)
+                else:
+                    plots.asr_against_acc(partial, frame, format)
+    print(out)
+
+
+def _runs_below(root: Path, where: str | None) -> pd.DataFrame:
+    frame = select(frame_of_runs(find_runs(root)[0]), where)
+    if frame.empty:
+        raise UserError(f"no result.json below {root}" + (f" with {where}" if where else ""))
+    return frame
 
 
 def _folder(arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pandas as pd
 import vl_convert
 from markupsafe import Markup
 from matplotlib import colormaps
@@ -24,19 +23,25 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ulrl import __version__
-from ulrl.data.datasets import SPECS
 from ulrl.errors import UserError
 from ulrl.files import whole_file
-from ulrl.record import real_path
 from ulrl.report.plots import highest, signed_z
-from ulrl.report.results import Run, find_runs, frame_of_runs, printable
+from ulrl.report.results import (
+    Run,
+    class_names,
+    find_runs,
+    frame_of_runs,
+    may_show,
+    neurons_of,
+    printable,
+    read_table,
+)
 
 log = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
 PREVIEW_WIDTH = 700  # pixels
 EPOCHS_SHOWN = 60  # of a run's curves; more are thinned out evenly
-_LARGEST = 4 << 20  # bytes of a table or picture; what is larger is not shown
 CURVES = ("loss", "acc", "test_acc", "test_asr", "test_ra")
 
 
@@ -67,9 +72,10 @@ def render(runs: list[Run], left_out: list[str], root: Path) -> str:
         loader=jinja2.FileSystemLoader(WEB), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    scripts = [Markup(part) for part in (vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), _read("report.js"))]  # noqa: S704
+    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    scripts = [Markup(part) for part in (vega, _read("report.js"))]
     return environment.get_template("report.html").render(
-        style=Markup(_read("report.css")),  # noqa: S704
+        style=Markup(_read("report.css")),
         scripts=scripts,
         hashes=[base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in scripts],
         rows=rows,
@@ -113,12 +119,9 @@ def _details(run: Run) -> dict[str, Any]:
 
 def _neurons(run: Run) -> list[dict[str, Any]] | None:
     """Class, signed robust z and mark of the classes with the highest z."""
-    table = _table(run, "neurons.csv", {"class": "int64", "change": "float64", "z": "float64", "flagged": "bool"})
-    if table is None or not table["class"].is_unique:
+    table, names = neurons_of(run), class_names(run)
+    if table is None:
         return None
-    table = table.set_index("class")
-    spec = SPECS.get(run.result["dataset"])
-    names = spec.class_names if spec else ()
     signed = signed_z(table)
     return [
         {"name": f"{k} {names[k]}" if 0 <= k < len(names) else str(k), "z": _short(signed[k]),
@@ -130,34 +133,21 @@ def _neurons(run: Run) -> list[dict[str, Any]] | None:
 def _curves(run: Run) -> list[dict[str, Any]] | None:
     """Stage, epoch and figures of each epoch."""
     if run.result["kind"] == "attack":
-        table = _table(run, "attack_df.csv", {"epoch": "int64"})
+        table = read_table(run, "attack_df.csv", {"epoch": "int64"})
         if table is not None:
             names = {"train_epoch_loss_avg_over_batch": "loss", "train_acc": "acc"}
             table = table.rename(columns=names).assign(stage="train")
     else:
-        table = _table(run, f"{run.result['method']}_df.csv", {"stage": "str", "epoch": "int64"})
+        table = read_table(run, f"{run.result['method']}_df.csv", {"stage": "str", "epoch": "int64"})
     if table is None or table.empty:
         return None
     kept = sorted({*range(0, len(table), -(-len(table) // EPOCHS_SHOWN)), len(table) - 1})
-    columns = [c for c in CURVES if c in table and pd.api.types.is_float_dtype(table[c])]
+    columns = [c for c in CURVES if c in table and table[c].dtype.kind == "f"]
     return [
         {"at": i + 1, "stage": str(table.stage.iloc[i]), "epoch": int(table.epoch.iloc[i]),
          **{c: _short(table[c].iloc[i]) for c in columns if abs(table[c].iloc[i]) < float("inf")}}
         for i in kept
     ]  # fmt: skip
-
-
-def _table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | None:
-    """A table of the run's folder with columns of these types, or None where there is no such."""
-    file = run.folder / name
-    try:
-        if not _may_show(file, run.folder):
-            return None
-        table = pd.read_csv(file)
-        return table.astype(types)
-    except Exception as error:  # whatever pandas makes of a stranger's bytes
-        log.warning("%s is not shown: %s", printable(str(file)), printable(" ".join(str(error).split())))
-        return None
 
 
 def _previews(runs: list[Run]) -> dict[str, str]:
@@ -166,7 +156,7 @@ def _previews(runs: list[Run]) -> dict[str, str]:
     for folder in {run.record: None for run in runs}:
         file = folder / "trigger_preview.png"
         try:
-            if not _may_show(file, folder):
+            if not may_show(file, folder):
                 continue
             with Image.open(file, formats=["PNG"]) as picture:
                 if picture.width * picture.height > 10_000_000:
@@ -180,14 +170,6 @@ def _previews(runs: list[Run]) -> dict[str, str]:
         else:
             urls[_id(str(folder))] = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
     return urls
-
-
-def _may_show(file: Path, folder: Path) -> bool:
-    """Whether it is there, small enough, and within `folder`, where links may have led out of it."""
-    if file.parent != folder or not file.is_file():  # a method's name may hold slashes
-        return False
-    real_path(file, folder.resolve())
-    return file.stat().st_size <= _LARGEST
 
 
 def _id(name: str) -> str:

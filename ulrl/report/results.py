@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from ulrl.data.datasets import SPECS
 from ulrl.errors import UserError
 from ulrl.files import whole_file
 from ulrl.record import real_path
@@ -23,7 +25,7 @@ KEYS = ("dataset", "model", "attack", "pratio", "defense", "ratio", "record", "s
 FIGURES = ("acc", "asr", "ra", "der", "seconds")
 NO_DEFENSE = "no defense"
 ORACLE = " (oracle)"
-_LARGEST = 8 << 20  # bytes of a result.json
+_LARGEST = 8 << 20  # bytes of a file that is read
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
         frame = frame[(frame.kind == "defense") & ~frame.oracle]
     groups = frame.groupby([*dict.fromkeys([*keys, "oracle"])], sort=False, dropna=False)
     figures = groups[list(FIGURES)].agg(["mean", "std", "count"])
-    figures.columns = [f"{figure}_{part.replace('count', 'n')}" for figure, part in figures.columns]
+    figures.columns = pd.Index([f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std", "n")])
     summary = pd.concat([groups.size().rename("n"), figures], axis=1).reset_index()
     return summary[[*keys, "oracle", "n", *figures.columns]]
 
@@ -169,6 +171,55 @@ def best_of(summary: pd.DataFrame) -> pd.DataFrame:
             if means.count() > 1:
                 best.loc[means.index, figure] = means == means.agg(pick)
     return best
+
+
+def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | None:
+    """A CSV file of the run's folder with columns of these types, or None, and a warning, where it is not so."""
+    file = run.folder / name
+    try:
+        return pd.read_csv(file).astype(types) if may_show(file, run.folder) else None
+    except Exception as error:  # whatever pandas makes of a stranger's bytes
+        log.warning("%s is not shown: %s", printable(str(file)), _why(error))
+        return None
+
+
+def neurons_of(run: Run) -> pd.DataFrame | None:
+    """The ranking of classes that unlearning gave: index class; columns change, z, flagged."""
+    types = {"class": "int64", "change": "float64", "z": "float64", "flagged": "bool"}
+    table = read_table(run, "neurons.csv", types)
+    if table is None or not table["class"].is_unique or not np.isfinite(table[["change", "z"]]).all(axis=None):
+        return None
+    return table.set_index("class")
+
+
+def class_names(run: Run) -> tuple[str, ...]:
+    """The names of the classes of the run's data set, where it is one that is known here."""
+    spec = SPECS.get(run.result["dataset"])
+    return spec.class_names if spec else ()
+
+
+def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...]]:
+    """Neuron ranking, its threshold, and the classes' names of the run in `folder`.
+
+    Raises:
+        UserError: no run there, or one without a ranking.
+    """
+    run = next((run for run in find_runs(folder)[0] if run.folder == folder), None)
+    table = neurons_of(run) if run else None
+    threshold = run.result["evidence"].get("z_threshold") if run else None
+    if run is None or table is None or threshold is None or not _is_number(threshold):
+        raise UserError(
+            f"{folder} is not the folder of a defense that ranks neurons; name one, such as record/NAME/defense/ulrl"
+        )
+    return table, threshold, class_names(run)
+
+
+def may_show(file: Path, folder: Path) -> bool:
+    """Whether it is there, small enough, and in `folder` itself, also after following links."""
+    if file.parent != folder or not file.is_file():  # a method's name may hold slashes
+        return False
+    real_path(file, folder.resolve())
+    return file.stat().st_size <= _LARGEST
 
 
 def printable(text: str) -> str:
@@ -209,8 +260,8 @@ def _checked(file: Path) -> dict[str, Any]:
     _need(_is_count(r["seed"]), "seed is not a whole number")
     _need(r["clean_samples"] is None or _is_count(r["clean_samples"]), "clean_samples is not a whole number")
     _need(isinstance(r["flagged"], list) and all(map(_is_count, r["flagged"])), "flagged is not a list of classes")
+    _need({"total", "judge"} <= set(r["seconds"]), "seconds lack total or judge")
     _need(all(_is_number(v) for v in r["seconds"].values()), "seconds are not numbers")
-    r["seconds"]["total"], r["seconds"]["judge"]  # noqa: B018
     _fraction(r["der"])
     for key in ("before", "after", "oracle"):
         if key == "after" or r.get(key) is not None or (key, r["kind"]) == ("before", "defense"):

@@ -62,7 +62,7 @@ def summary_table(summary: pd.DataFrame, title: str) -> Table:
     cells, bold = (part.drop(columns=shared) for part in summary_cells(summary))
     caption = "mean ± sample standard deviation" + (f"\n{escape(printable(about))}" if about else "")
     table = Table(title=escape(printable(title)), title_style="bold", caption=caption)
-    for column in cells:
+    for column in map(str, cells):
         figure = column in HEADS.values()
         width = min(6, cells[column].str.len().max())  # of a key: on a narrow terminal the figures break first
         table.add_column(
@@ -80,7 +80,7 @@ def summary_markdown(summary: pd.DataFrame) -> str:
     marked = cells.map(lambda text: re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(text)))
     marked = marked.where(~bold, "**" + marked + "**")
     rule = ["---:" if column in HEADS.values() else "---" for column in cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (list(cells), rule, *marked.to_numpy().tolist()))
+    return "".join(f"| {' | '.join(row)} |\n" for row in (map(str, cells), rule, *marked.to_numpy().tolist()))
 
 
 def summary_latex(summary: pd.DataFrame) -> str:
@@ -88,7 +88,7 @@ def summary_latex(summary: pd.DataFrame) -> str:
     cells, bold = summary_cells(summary)
     style = cells.map(printable).rename(columns=lambda name: name.replace("%", r"\%")).style.hide(axis="index")
     style = style.format(escape="latex").format(
-        lambda text: text.replace("±", r"$\pm$"), subset=[c for c in style.columns if c not in KEYS]
+        lambda text: str(text).replace("±", r"$\pm$"), subset=[c for c in style.columns if c not in KEYS]
     )
     style = style.apply(lambda _: bold.to_numpy().choose(["", "textbf:--rwrap;"]), axis=None)
     alignment = "".join("l" if column in KEYS else "r" for column in cells)
@@ -111,7 +111,7 @@ def summary_cells(summary: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     cells["n"] = summary.n.astype(str)
     best = best_of(summary)
     bold = pd.DataFrame(False, index=cells.index, columns=cells.columns)
-    for figure in best:
+    for figure in map(str, best):
         bold[HEADS[figure]] = best[figure]
     return cells, bold
 
