@@ -213,7 +213,10 @@ def test_any_names_and_values_can_be_shown(rows: list[tuple[Any, ...]]) -> None:
 
 @pytest.mark.parametrize("name", ["ulrl", "ft", "npd"])
 def test_the_command_to_repeat_a_run_has_its_options(name: str) -> None:
-    defense, run = DEFENSES[name](batch_size=7), DefenseRun(ratio=0.05, random_seed=3, save_folder_name="a b; $c")
+    defense, run = (
+        DEFENSES[name](batch_size=7, random_seed=3),
+        DefenseRun(ratio=0.05, random_seed=3, save_folder_name="a b; $c"),
+    )
     options = json.loads(json.dumps(options_of(defense, run)))
     command = repeat_command(result(method=name, record="my record", options=options))
     program, kind, method, *flags = shlex.split(command)

@@ -159,7 +159,8 @@ def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str) -> None:
     ax.set_yticks(np.arange(len(table)) + 0.5, map(_plain, table.index), fontsize=8)
     ax.tick_params(length=0)
     ax.invert_yaxis()
-    figure.colorbar(mesh, ax=ax, label=f"{metric.upper()} %", shrink=0.8)
+    bar = figure.colorbar(mesh, ax=ax, label=f"{metric.upper()} %", shrink=0.8)
+    bar.solids.set(rasterized=False, edgecolor="face")  # type: ignore[union-attr]
     _save(figure, path, format)
 
 

@@ -9,12 +9,12 @@ const NO_DEFENSE = "no defense";
 const FIGURES = { acc: "ACC %", asr: "ASR %", ra: "RA %", der: "DER %", seconds: "s" };
 const BEST = { acc: Math.max, asr: Math.min, ra: Math.max, der: Math.max };
 const KEYS = { defense: "Defense", attack: "Attack", dataset: "Data set", model: "Model", pratio: "Poison", ratio: "Ratio" };
-const FIRST_LINES = 150; // of the leaderboard; the others on request
+const FIRST_LINES = 150; // of the leaderboard and of the runs; the others on request
 // Okabe and Ito's colours without black and yellow, which vanish on one of the two backgrounds.
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
 const SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "triangle-left", "triangle-right"];
 
-const state = { filters: {}, oracle: true, per: "defense", metric: "asr", sort: "der", down: true, all: false };
+const state = { filters: {}, oracle: true, per: "defense", metric: "asr", sort: "der", down: true, all: false, allRuns: false };
 
 // Elements. Text is only ever set as text.
 function h(tag, properties, ...children) {
@@ -100,7 +100,7 @@ function summary(runs) {
   line.n = runs.length;
   return line;
 }
-const per = { defense: ["defense"], setting: Object.keys(KEYS), run: [...Object.keys(KEYS), "name"] };
+const per = { defense: ["defense"], setting: Object.keys(KEYS), run: ["name", ...Object.keys(KEYS)] };
 
 function lines() {
   const keys = per[state.per];
@@ -285,25 +285,34 @@ function show(attack, defense) {
 }
 
 // Runs
-const sections = new Map();
-function buildRuns() {
-  for (const row of rows.filter((r) => !r.oracle)) {
-    const element = h("details", { class: "run", id: row.id, ontoggle: () => { if (element.open && !element.querySelector(".body")) fill(element, row); } },
+const runs = new Map(rows.filter((row) => !row.oracle).map((row) => [row.id, row]));
+const sections = new Map(); // made when first listed or opened
+function section(row) {
+  if (!sections.has(row.id)) {
+    const element = h("details", { class: "run", id: row.id, ontoggle: () => { if (element.open) fill(element, row); } },
       h("summary", {}, h("b", {}, row.name), h("span", { class: "quiet" }, `ACC ${number(row.acc)} · ASR ${number(row.asr)} · RA ${number(row.ra)}`)));
     sections.set(row.id, element);
   }
-  byId("run-list").append(...sections.values());
+  return sections.get(row.id);
+}
+function listRuns() {
+  const passing = [...runs.values()].filter(matches);
+  const visible = state.allRuns ? passing : passing.slice(0, FIRST_LINES);
+  byId("count").value = `${passing.length} of ${plural(runs.size, "run")}`;
+  byId("run-list").replaceChildren(...visible.map(section), visible.length < passing.length
+    ? h("button", { type: "button", class: "button more", onclick: () => { state.allRuns = true; listRuns(); } }, `Show all ${passing.length} runs`) : "");
 }
 function openRun(id) {
   if (location.hash === "#" + id) follow();
   else location.hash = id;
 }
 function follow() {
-  const element = sections.get(location.hash.slice(1));
-  if (!element) return;
-  element.hidden = false;
+  const row = runs.get(location.hash.slice(1));
+  if (!row) return;
+  const element = section(row);
+  if (!element.isConnected) byId("run-list").prepend(element);
   element.open = true;
-  if (!element.querySelector(".body")) fill(element, rows.find((row) => row.id === element.id && !row.oracle));
+  fill(element, row);
   element.querySelector("summary").focus({ preventScroll: true });
   element.scrollIntoView({ behavior: "instant" });
 }
@@ -327,6 +336,7 @@ function figures(row, detail) {
   return h("div", {}, table, more);
 }
 function fill(element, row) {
+  if (element.querySelector(".body")) return;
   details ??= data("details");
   previews ??= data("previews");
   const detail = details[row.id], seconds = {};
@@ -350,14 +360,15 @@ function copy(command, button) {
   else done(false);
 }
 function drawRanking(element, detail) {
-  const threshold = typeof detail.evidence.z_threshold === "number" ? [{ z: detail.evidence.z_threshold }] : [];
+  const threshold = { data: { values: [{ z: detail.evidence.z_threshold }] }, mark: { type: "rule", strokeDash: [5, 3], color: "currentColor" },
+    encoding: { x: { field: "z", type: "quantitative" } } };
   draw(element, {
     height: 40 + 17 * detail.neurons.length, description: "Robust z of each class's weight change in unlearning; flagged classes are marked.",
     layer: [
       { data: { values: detail.neurons.map((neuron) => ({ ...neuron, mark: neuron.flagged ? "flagged" : "not flagged" })) }, mark: { type: "bar", tooltip: true },
         encoding: { y: { field: "name", type: "nominal", sort: null, title: null }, x: { field: "z", type: "quantitative", title: "robust z of the weight change" },
           color: { field: "mark", scale: { domain: ["flagged", "not flagged"], range: [COLOURS[1], COLOURS[0]] }, legend: { orient: "bottom", title: null } } } },
-      { data: { values: threshold }, mark: { type: "rule", strokeDash: [5, 3], color: "currentColor" }, encoding: { x: { field: "z", type: "quantitative" } } },
+      ...(typeof detail.evidence.z_threshold === "number" ? [threshold] : []),
     ],
   });
 }
@@ -383,9 +394,7 @@ function drawCurves(element, curves) {
 }
 
 function update() {
-  const ids = new Set(shown().filter((row) => !row.oracle).map((row) => row.id));
-  sections.forEach((element, id) => { element.hidden = !ids.has(id); });
-  byId("count").value = `${ids.size} of ${plural(sections.size, "run")}`;
+  listRuns();
   board();
   heat();
   scatter();
@@ -394,7 +403,6 @@ function update() {
 buildFilters();
 const markPer = choice("per", { defense: "Defense", setting: "Setting", run: "Run" }, state.per, (value) => { state.per = value; state.all = false; board(); });
 choice("metric", { asr: "ASR", ra: "RA", acc: "ACC", der: "DER" }, state.metric, (value) => { state.metric = value; heat(); });
-buildRuns();
 update();
 window.addEventListener("hashchange", follow);
 follow();
