@@ -140,7 +140,7 @@ def test_a_point_leads_to_its_run(browser: Browser, page: Path) -> None:
     assert browser.driver.execute_script("return arguments[0].naturalWidth", picture) == 120
     assert "trigger" in str(picture.get_attribute("alt"))
     first = browser.all("#scatter [role=link][tabindex='0']")[0]
-    first.send_keys(Keys.ARROW_RIGHT)
+    first.send_keys(Keys.ARROW_LEFT)  # the last one
     label = str(browser.driver.switch_to.active_element.get_attribute("aria-label"))
     browser.driver.switch_to.active_element.send_keys(Keys.ENTER)
     browser.wait(lambda: len(browser.all(".run[open]")) == 2)
@@ -167,6 +167,7 @@ def test_hostile_names_are_text(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.choose("dataset", HOSTILE)
     assert browser.texts("#heat tbody th") == [HOSTILE]
+    browser.choose("dataset", "")
     for name in ("two/defense/ulrl", "one/defense/ft"):
         found = next(e for e in browser.all(".run") if name in str(e.get_property("textContent")))
         browser.driver.execute_script("location.hash = arguments[0].id", found)
