@@ -381,7 +381,7 @@ function drawCurves(element, curves) {
   const x = { field: "at", type: "quantitative", title: "epoch", axis: { tickMinStep: 1, format: "d" }, scale: { zero: false, nice: false, padding: 6 } };
   const stages = { data: { values: starts }, layer: [
     { mark: { type: "rule", color: "currentColor", opacity: 0.3 }, encoding: { x } },
-    ...[-5, -17].map((y, odd) => ({ data: { values: starts.filter((_, i) => i % 2 === odd) }, // short stages would write over each other
+    ...[-5, -17].slice(0, starts.length).map((y, odd) => ({ data: { values: starts.filter((_, i) => i % 2 === odd) }, // short stages would write over each other
       mark: { type: "text", align: "left", dx: 2, y, color: "currentColor", fontSize: 11 }, encoding: { x, text: { field: "stage" } } }))] };
   const line = (values, title, format, colour) => ({ height: 130, width: Math.max(180, element.clientWidth - 70), layer: [
     { data: { values }, mark: { type: "line", point: { size: 22 }, ...(colour ? {} : { color: COLOURS[2] }) },
