@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -21,13 +22,35 @@ from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
+from ulrl.files import PACKAGE_ROOT, find_input, home, whole_file
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
-from ulrl.report.tables import comparison_table, perceptibility_table, result_table
+from ulrl.registry import nearest
+from ulrl.report import plots
+from ulrl.report.page import write_report
+from ulrl.report.results import (
+    KEYS,
+    export_frame,
+    find_runs,
+    frame_of_runs,
+    in_order,
+    load_ranking,
+    select,
+    summarise,
+)
+from ulrl.report.tables import (
+    comparison_table,
+    perceptibility_table,
+    result_table,
+    summary_latex,
+    summary_markdown,
+    summary_table,
+)
 from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
 from ulrl.runs.common import Layer, attack_layers, defense_layers, find_record, pick_device, yaml_layer
 from ulrl.runs.defending import DefenseRun, run_defense, run_once
+from ulrl.runs.showing import penultimate_features
 from ulrl.sweep.scheduler import SweepOptions, sweep
 from ulrl.training import TrainOptions
 
@@ -56,6 +79,9 @@ USAGE = """usage: ulrl list
        ulrl compare RECORD --defenses NAME,NAME,... --seeds N     several defenses on one record, as a table
        ulrl sweep FILE [options]       a grid of attacks and defenses; what is done is not done again
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
+       ulrl results [FOLDER] [options]     what runs came to, as a table; FOLDER is record/ where not given
+       ulrl report [FOLDER] --out FILE     the same as a page that opens in a browser, with a section per run
+       ulrl plot FIGURE [FOLDER] --out FILE     a figure for a paper: asr-acc, heatmap, ranking or tsne
 Add --help after a name for its options."""
 
 
@@ -73,6 +99,12 @@ def _command(arguments: list[str]) -> None:
             _sweep(rest)
         case ["preview", name, *rest] if not name.startswith("-"):
             _preview(name, rest)
+        case ["results", *rest]:
+            _results(*_folder(rest))
+        case ["report", *rest]:
+            _page(*_folder(rest))
+        case ["plot", figure, *rest] if not figure.startswith("-"):
+            _plot(figure, *_folder(rest))
         case ["--help" | "-h"]:
             print(USAGE)
         case _:
@@ -154,13 +186,123 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
 
 def _sweep(argv: Sequence[str]) -> None:
     file = argv[0] if argv and not argv[0].startswith("-") else None
-    schema = Schema(SweepOptions)
     description = "Do the runs that a sweep file names; exits with 1 when one failed."
-    flags = schema.flags(argv[1:] if file else argv, "ulrl sweep FILE", description)
+    options = _plain_options(SweepOptions, argv[1:] if file else argv, "ulrl sweep FILE", description)
     if file is None:
         raise UserError("name a sweep file first, such as config/sweep/quick.yaml")
-    if not sweep(file, schema.merge(("flag", flags))[0].build(SweepOptions)):
+    if not sweep(file, options):
         sys.exit(1)
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """Which runs, and how to show them."""
+
+    where: str | None = option(None, f"only runs with key=value, several with commas between; keys: {', '.join(KEYS)}")
+    by: str = option("dataset,model,attack,defense,ratio", "one line per value of these keys")
+    format: str = option("table", "how to print", choices=("table", "csv", "markdown", "latex"))
+    export: str | None = option(None, "also write every run to this file, .parquet or .csv")
+
+
+def _results(root: Path, argv: Sequence[str]) -> None:
+    """The summary of finished runs. As CSV it holds fractions and counts; elsewhere it is for reading."""
+    options = _plain_options(ResultsOptions, argv, "ulrl results [FOLDER]", "Collect what runs came to.")
+    frame = _runs_below(root, options.where)
+    summary = in_order(summarise(frame, options.by))
+    if options.export:
+        export_frame(frame, Path(options.export))
+    match options.format:
+        case "csv":
+            print(summary.to_csv(index=False), end="")
+        case "markdown":
+            print(summary_markdown(summary), end="")
+        case "latex":
+            print(summary_latex(summary), end="")
+        case _:
+            _print(summary_table(summary, f"{len(frame)} runs below {root}"))
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """Where the report goes."""
+
+    out: str = option("report.html", "the page; needs no other file and no network")
+
+
+def _page(root: Path, argv: Sequence[str]) -> None:
+    options = _plain_options(PageOptions, argv, "ulrl report [FOLDER]", "Make one page of all runs.")
+    runs = write_report(root, Path(options.out))
+    print(f"{options.out}: {runs} runs; open it in a browser")
+
+
+FIGURES = ("asr-acc", "heatmap", "ranking", "tsne")
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """What to draw, and where it goes."""
+
+    out: str = option("", "the figure's file: .pdf, .svg or .png", source="user")
+    where: str | None = option(None, f"asr-acc, heatmap: only runs with key=value; keys: {', '.join(KEYS)}")
+    metric: str = option("asr", "heatmap: the figure shown", choices=("asr", "ra", "acc", "der"))
+    samples: int = option(1000, "tsne: clean test images, and a fifth as many triggered ones", low=20)
+    dataset_path: str = option("./data", "tsne: folder that holds <dataset>/", source="BackdoorBench")
+    device: str = option("auto", "tsne: auto, cpu, cuda or cuda:N")
+
+
+def _plot(figure: str, root: Path, argv: Sequence[str]) -> None:
+    """asr-acc and heatmap are of all runs below a folder; ranking and tsne of one defense's folder."""
+    if figure not in FIGURES:
+        raise UserError(f"unknown figure {figure!r}{nearest(figure, list(FIGURES))}")
+    options = _plain_options(PlotOptions, argv, f"ulrl plot {figure} [FOLDER]", "Draw a figure for a paper.")
+    out = Path(options.out)
+    if out.suffix not in (".pdf", ".svg", ".png"):
+        raise UserError(f"--out {options.out!r}: name a file that ends in .pdf, .svg or .png")
+    format = out.suffix[1:]
+    with whole_file(out) as partial:
+        match figure:
+            case "ranking":
+                plots.neuron_ranking(partial, *load_ranking(root), format)
+            case "tsne":
+                plots.tsne(partial, *penultimate_features(root, options.dataset_path, options.device, options.samples),
+                           format)  # fmt: skip
+            case _:
+                frame = _runs_below(root, options.where)
+                if figure == "heatmap":
+                    plots.heatmap(partial, frame, options.metric, format)
+                else:
+                    plots.asr_against_acc(partial, frame, format)
+    print(out)
+
+
+def _runs_below(root: Path, where: str | None) -> pd.DataFrame:
+    frame = select(frame_of_runs(find_runs(root)[0]), where)
+    if frame.empty:
+        raise UserError(f"no result.json below {root}" + (f" with {where}" if where else ""))
+    return frame
+
+
+def _folder(arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
+    """The folder named first, or `record/`, and the arguments after it."""
+    if arguments and not arguments[0].startswith("-"):
+        return find_input(arguments[0]), arguments[1:]
+    return home() / "record", arguments
+
+
+Options = TypeVar("Options")
+
+
+def _plain_options(cls: type[Options], argv: Sequence[str], prog: str, description: str) -> Options:
+    """The options of a command that takes flags only."""
+    schema = Schema(cls)
+    return schema.merge(("flag", schema.flags(argv, prog, description)))[0].build(cls)
+
+
+def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:
+    """The options of the file that the user named, or of the usual one where that exists."""
+    if given is None and usual is not None:
+        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
+    return (given, schema.yaml(given)) if given else ("", {})
 
 
 def _merge(schema: Schema, flags: dict[str, Any], *files: Layer) -> Settings:

@@ -178,30 +178,22 @@ def load_record(path: str | os.PathLike[str]) -> Record:
     if not file.is_file():
         raise UserError(f"{file} is missing: not a record, or an attack that did not finish; run it again")
     for name in (RESULT_FILE, INFO_FILE, "result.json"):
-        _real_path(folder / name, folder.resolve())
-    raw = _load(file)
-    _need(file, type(raw) is dict, "holds no dict")
-    missing = [key for key in KEYS if key not in raw]
-    _need(file, not missing, f"lacks {', '.join(missing)}")
+        real_path(folder / name, folder.resolve())
+    raw = _load_dict(file, KEYS)
     for key in ("model_name", "clean_data", "data_path"):
         _need(file, isinstance(raw[key], str), f"{key} is not a string")
-    classes, size, model = raw["num_classes"], raw["img_size"], raw["model"]
+    classes, size = raw["num_classes"], raw["img_size"]
     _need(file, type(classes) is int and classes > 0, "num_classes is not a positive integer")
     _need(
         file,
         isinstance(size, (tuple, list)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size),
         "img_size is not three positive integers",
     )
-    _need(
-        file,
-        isinstance(model, dict) and all(isinstance(k, str) and _is_weight(v) for k, v in model.items()),
-        "model is not a state dict (names to dense CPU tensors)",
-    )
     return Record(
         folder=folder,
         model_name=raw["model_name"],
         num_classes=classes,
-        state_dict={_modern_name(name): weight.detach() for name, weight in model.items()},
+        state_dict=_state_dict(file, raw["model"]),
         dataset=raw["clean_data"],
         data_path=raw["data_path"],
         img_size=(size[0], size[1], size[2]),
@@ -261,7 +253,41 @@ def write_defense_result(
         save_torch(result, partial)
 
 
+def load_defense_result(folder: Path, record: Record) -> dict[str, torch.Tensor]:
+    """The weights in the `defense_result.pt` of a defense's folder: parameter name to CPU tensor.
+
+    Raises:
+        UserError: it is missing, damaged, not of `record`'s architecture, or asks to run code.
+    """
+    file = folder / "defense_result.pt"
+    if not file.is_file():
+        raise UserError(f"{file} is missing: not the folder of a defense, or one that did not finish; run it again")
+    real_path(file, record.folder.resolve())
+    raw = _load_dict(file, ("model_name", "num_classes", "model"))
+    same = (raw["model_name"], raw["num_classes"]) == (record.model_name, record.num_classes)
+    _need(file, same, f"is of another architecture than {record.name}")
+    return _state_dict(file, raw["model"])
+
+
 # Reading what may be hostile: the pickle
+
+
+def _load_dict(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    raw = _load(file)
+    _need(file, type(raw) is dict, "holds no dict")
+    missing = [key for key in keys if key not in raw]
+    _need(file, not missing, f"lacks {', '.join(missing)}")
+    content: dict[str, Any] = raw
+    return content
+
+
+def _state_dict(file: Path, model: Any) -> dict[str, torch.Tensor]:
+    _need(
+        file,
+        isinstance(model, dict) and all(isinstance(k, str) and _is_weight(v) for k, v in model.items()),
+        "model is not a state dict (names to dense CPU tensors)",
+    )
+    return {_modern_name(name): weight.detach() for name, weight in model.items()}
 
 
 def _need(file: Path, condition: bool, complaint: str) -> None:
@@ -464,7 +490,7 @@ def _attack_name(folder: Path) -> str | None:
 # Images and writing
 
 
-def _real_path(file: Path, inside: Path) -> Path:
+def real_path(file: Path, inside: Path) -> Path:
     """Where `file` really lies; refused when that is not `inside`."""
     real = Path(os.path.realpath(file))
     if not real.is_relative_to(inside):
@@ -474,7 +500,7 @@ def _real_path(file: Path, inside: Path) -> Path:
 
 def _read_png(file: Path, inside: Path, spec: DatasetSpec) -> torch.Tensor:
     """uint8 [C, H, W]."""
-    real = _real_path(file, inside)
+    real = real_path(file, inside)
     if not os.path.isfile(real):
         raise UserError(f"{file} is missing; unpack the whole record again")
     try:

@@ -22,6 +22,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.metrics import Judgement, share
+from ulrl.models.head import find_head
 from ulrl.options import option
 
 EVAL_BATCH = {"cpu": 128, "cuda": 1024}  # larger ones fall out of a CPU's cache and are slower (measured)
@@ -270,18 +271,42 @@ def _still_statistics(model: nn.Module) -> Iterator[None]:
             m.momentum = momentum
 
 
-@torch.no_grad()
 def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
     """The class that `model`, in eval mode, gives each image: int64 [N] on the set's device.
 
     The model is put back into the mode it was in.
     """
+    classes = _outputs(model, data, amp, lambda x: model(x).argmax(1))
+    return torch.cat(classes) if classes else data.labels.new_empty(0)
+
+
+def penultimate(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
+    """What the classifier head is given for each image: float32 [N, D] on the CPU. N at least 1.
+
+    Raises:
+        UserError: the model has no head to be found.
+    """
+    _, head = find_head(model, data.spec.num_classes)
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    try:
+        _outputs(model, data, amp, model)
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+@torch.no_grad()
+def _outputs(
+    model: nn.Module, data: ImageSet, amp: bool, output: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """`output` of each batch, with the model in eval mode."""
     was_training = model.training
     model.eval()
     with autocast(data.device, amp):
-        classes = [model(x).argmax(1) for x, _ in Batches(data, EVAL_BATCH[data.device.type])]
+        outputs = [output(x) for x, _ in Batches(data, EVAL_BATCH[data.device.type])]
     model.train(was_training)
-    return torch.cat(classes) if classes else data.labels.new_empty(0)
+    return outputs
 
 
 def judge(model: nn.Module, clean: ImageSet, poisoned: PoisonedSet | None, amp: bool = True) -> Judgement:

@@ -1,15 +1,16 @@
-"""The table that a run prints."""
+"""The tables that runs and their summaries print."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
-ORACLE = " (oracle)"
+from ulrl.report.results import FIGURES, KEYS, NO_DEFENSE, best_of, frame_of, printable, summarise
 
 
 def _percent(value: float | None) -> str:
@@ -42,50 +43,90 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
-    """Defenses on one record: mean +- sample standard deviation over their runs, in percent; the best in bold.
+    """Defenses on one record: mean and sample standard deviation over their runs, the best in bold.
 
-    results: `result.json` of each run. n is the number of runs. The oracle rows are what the test set would
-    have chosen; they compete for nothing.
+    results: `result.json` of each run; what they were run on comes first, from the first of them.
     """
-    frame = pd.DataFrame(
-        [
-            {
-                "method": r["method"], "seconds": r["seconds"]["total"] - r["seconds"]["judge"],
-                "der": r["der"], **{k: r["after"][k] for k in ("acc", "asr", "ra")},
-            }
-            for r in results
-        ]
-        + [
-            {"method": r["method"] + ORACLE, **{k: r["oracle"][k] for k in ("acc", "asr", "ra")}}
-            for r in results if r.get("oracle")
-        ]
-    )  # fmt: skip
-    figures = ["acc", "asr", "ra", "der", "seconds"]
-    frame[figures] = frame[figures].astype(float)  # a clean model's record has no ASR at all
-    groups = frame.groupby("method", sort=False)
-    mean, deviation = (part.to_dict("index") for part in (groups[figures].mean(), groups[figures].std()))
-    own = [row for method, row in mean.items() if not str(method).endswith(ORACLE)]
-    best = {k: pick(row[k] for row in own) for k, pick in (("acc", max), ("asr", min), ("ra", max), ("der", max))}
-    table = Table(title=f"defenses on {record}", title_style="bold", caption="mean ± sample standard deviation")
-    for column in ("", "ACC %", "ASR %", "RA %", "DER %", "s", "n"):
-        table.add_column(column, justify="right" if column else "left")
-    before = results[0]["before"]
-    table.add_row("before", *(_percent(before[k]) for k in ("acc", "asr", "ra")), "", "", "")
-    table.add_section()
-    for method, size in groups.size().items():
-        row, cells = mean[method], []
-        for key, top in best.items():
-            text = _spread(row[key], deviation[method][key])
-            cells.append(f"[bold]{text}[/bold]" if row in own and row[key] == top else text)
-        seconds = "-" if math.isnan(row["seconds"]) else f"{row['seconds']:.1f}"
-        table.add_row(escape(str(method)), *cells, seconds, str(size))
+    runs = frame_of(results)
+    before = runs.iloc[:1].assign(
+        kind="attack", defense=NO_DEFENSE, der=math.nan, seconds=math.nan, **results[0]["before"]
+    )
+    summary = summarise(pd.concat([before, runs])[list(runs.columns)], "defense")
+    return summary_table(summary, f"defenses on {record}")
+
+
+def summary_table(summary: pd.DataFrame, title: str) -> Table:
+    """What `summarise` made, for the terminal; a key with one value for all lines stands below, not in a column."""
+    shared = [k for k in summary if k in KEYS and len(summary) > 1 and summary[k].nunique(dropna=False) == 1]
+    about = ", ".join(_key_text(summary[k].iloc[0]) for k in shared)
+    cells, bold = (part.drop(columns=shared) for part in summary_cells(summary))
+    caption = "mean ± sample standard deviation" + (f"\n{escape(printable(about))}" if about else "")
+    table = Table(title=escape(printable(title)), title_style="bold", caption=caption)
+    for column in map(str, cells):
+        figure = column in HEADS.values()
+        width = min(6, cells[column].str.len().max())  # of a key: on a narrow terminal the figures break first
+        table.add_column(
+            column, justify="right" if figure else "left", min_width=None if figure else width, overflow="fold"
+        )
+    for row, marks in zip(cells.itertuples(index=False), bold.itertuples(index=False), strict=True):
+        texts = [escape(printable(text)) for text in row]
+        table.add_row(*(f"[bold]{text}[/bold]" if mark else text for text, mark in zip(texts, marks, strict=True)))
     return table
 
 
-def _spread(mean: float, deviation: float) -> str:
+def summary_markdown(summary: pd.DataFrame) -> str:
+    """The same as a table of Markdown."""
+    cells, bold = summary_cells(summary)
+    marked = cells.map(lambda text: re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(text)))
+    marked = marked.where(~bold, "**" + marked + "**")
+    rule = ["---:" if column in HEADS.values() else "---" for column in cells]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (map(str, cells), rule, *marked.to_numpy().tolist()))
+
+
+def summary_latex(summary: pd.DataFrame) -> str:
+    """The same for a paper: a `tabular` with booktabs' rules."""
+    cells, bold = summary_cells(summary)
+    style = cells.map(printable).rename(columns=lambda name: name.replace("%", r"\%")).style.hide(axis="index")
+    style = style.format(escape="latex").format(
+        lambda text: str(text).replace("±", r"$\pm$"), subset=[c for c in style.columns if c not in KEYS]
+    )
+    style = style.apply(lambda _: bold.to_numpy().choose(["", "textbf:--rwrap;"]), axis=None)
+    alignment = "".join("l" if column in KEYS else "r" for column in cells)
+    return style.to_latex(hrules=True, column_format=alignment)
+
+
+HEADS = {"acc": "ACC %", "asr": "ASR %", "ra": "RA %", "der": "DER %", "seconds": "s", "n": "n"}
+
+
+def summary_cells(summary: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Texts for the keys and figures, and which of them are the best; both of one shape. Missing is "-"."""
+    cells = pd.DataFrame({k: summary[k].map(_key_text) for k in summary if k in KEYS}, dtype="object")
+    for figure in FIGURES:
+        parts = (summary[f"{figure}_{part}"] for part in ("mean", "std", "n"))
+        scale = 1 if figure == "seconds" else 100
+        cells[HEADS[figure]] = [
+            _spread(mean, deviation, scale) + (f" (n {known})" if 0 < known < n else "")
+            for mean, deviation, known, n in zip(*parts, summary.n, strict=True)
+        ]
+    cells["n"] = summary.n.astype(str)
+    best = best_of(summary)
+    bold = pd.DataFrame(False, index=cells.index, columns=cells.columns)
+    for figure in map(str, best):
+        bold[HEADS[figure]] = best[figure]
+    return cells, bold
+
+
+def _key_text(value: Any) -> str:
+    if pd.isna(value):
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _spread(mean: float, deviation: float, scale: float) -> str:
     if math.isnan(mean):
         return "-"
-    return f"{100 * mean:.2f}" + ("" if math.isnan(deviation) else f" ± {100 * deviation:.2f}")
+    places = 1 if scale == 1 else 2
+    return f"{scale * mean:.{places}f}" + ("" if math.isnan(deviation) else f" ± {scale * deviation:.{places}f}")
 
 
 def perceptibility_table(attack: str, dataset: str, figures: dict[str, float | None]) -> Table:

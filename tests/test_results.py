@@ -1,0 +1,227 @@
+"""What finished runs came to: the frame, its summaries, the formats, and what is not to be trusted in a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shlex
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from fabricated import result, write, write_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from manners import refused
+
+from ulrl.cli import main
+from ulrl.defenses.base import DEFENSES
+from ulrl.options import Schema
+from ulrl.report.page import repeat_command
+from ulrl.report.results import best_of, find_runs, frame_of, frame_of_runs, select, summarise
+from ulrl.report.tables import summary_cells, summary_latex, summary_markdown, summary_table
+from ulrl.runs.common import options_of
+from ulrl.runs.defending import DefenseRun
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Two records; ulrl three times and ft once on the first, of which one run is not known in full."""
+    root = tmp_path / "record"
+    write_record(root / "one", "badnet", {
+        **{f"ulrl_{k}": {"seed": k, "acc": 0.90 + 0.01 * k, "asr": 0.02 * k, "ra": 0.8} for k in range(3)},
+        "ft": {"method": "ft", "acc": 0.95, "asr": 0.5, "ra": 0.4, "der": 0.7},
+        "rnp": {"method": "rnp", "acc": 0.5, "asr": 0.4, "ra": 0.1, "der": None,
+                "oracle": {"acc": 0.99, "asr": 0.0, "ra": 0.99, "rule": "lowest test ASR"}},
+    })  # fmt: skip
+    write_record(root / "clean", "prototype", {"ulrl": {"asr": None, "ra": None, "der": None}}, options={"pratio": 0.0})
+    write(root / ".hidden", result("attack"))  # a run that has not ended
+    return root
+
+
+def say(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    said = capsys.readouterr()
+    assert left.value.code == 0, said.err
+    return said.out
+
+
+def test_frame_has_a_row_per_run_and_knows_its_record(study: Path) -> None:
+    frame = frame_of_runs(find_runs(study)[0])
+    assert len(frame) == 9, "two attacks, six defenses, one oracle"
+    own = frame.loc[str(study / "one" / "defense" / "ulrl_2")]
+    assert (own.acc, own.asr, own.ra, own.der, own.seconds, own.pratio, own.ratio) == (
+        0.92,
+        0.04,
+        0.8,
+        0.9,
+        2,
+        0.1,
+        0.01,
+    )
+    assert frame[frame.oracle].defense.tolist() == ["rnp (oracle)"]
+    assert frame[frame.attack == "prototype"].asr.tolist()[0] == 0.99
+    assert pd.isna(frame.loc[str(study / "clean" / "defense" / "ulrl")].asr)
+
+
+def test_summary_is_mean_and_sample_deviation(study: Path) -> None:
+    frame = select(frame_of_runs(find_runs(study)[0]), "attack=badnet")
+    summary = summarise(frame, "defense,ratio").set_index("defense")
+    for figure, values in (("acc", [0.9, 0.91, 0.92]), ("asr", [0, 0.02, 0.04])):
+        assert summary.loc["ulrl", f"{figure}_mean"] == pytest.approx(statistics.mean(values))
+        assert summary.loc["ulrl", f"{figure}_std"] == pytest.approx(statistics.stdev(values))
+    assert summary.n.to_dict() == {"no defense": 1, "ulrl": 3, "ft": 1, "rnp": 1, "rnp (oracle)": 1}
+    assert pd.isna(summary.loc["ft", "acc_std"])
+
+
+def test_best_is_among_defenses_under_equal_conditions(study: Path) -> None:
+    summary = summarise(frame_of_runs(find_runs(study)[0]), "attack,defense")
+    best = best_of(summary).set_index(pd.MultiIndex.from_frame(summary[["attack", "defense"]]))
+    assert best[best.acc].index.tolist() == [("badnet", "ft")]
+    assert best[best.asr].index.tolist() == [("badnet", "ulrl")]
+    assert not best.loc["prototype"].any(axis=None), "one alone is no best"
+    assert not best_of(summarise(frame_of_runs(find_runs(study)[0]), "attack")).any(axis=None)
+
+
+def test_without_defense_only_defended_runs_are_averaged(study: Path) -> None:
+    summary = summarise(frame_of_runs(find_runs(study)[0]), "attack").set_index("attack")
+    assert summary.n.to_dict() == {"badnet": 5, "prototype": 1}
+
+
+def test_formats(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["results", str(study), "--where", "attack=badnet", "--by", "defense,ratio"]
+    markdown = say(capsys, *where, "--format", "markdown").splitlines()
+    assert markdown[0] == "| defense | ratio | ACC % | ASR % | RA % | DER % | s | n |"
+    assert markdown[2].startswith("| no defense | - | 90.00 | 99.00 | 1.00 | - |")
+    assert (
+        "| ulrl | 0.01 | 91.00 ± 1.00 | **2.00 ± 2.00** | **80.00 ± 0.00** | **90.00 ± 0.00** | 2.0 ± 0.0 | 3 |"
+        in markdown
+    )
+    assert any(line.startswith("| rnp (oracle) | 0.01 | 99.00 | 0.00 | 99.00 | - | - |") for line in markdown)
+    latex = say(capsys, *where, "--format", "latex")
+    assert r"ulrl & 0.01 & 91.00 $\pm$ 1.00 & \textbf{2.00 $\pm$ 2.00} &" in latex
+    assert r"\toprule" in latex
+    table = pd.read_csv(io.StringIO(say(capsys, *where, "--format", "csv"))).set_index("defense")
+    assert table.acc_mean["ulrl"] == pytest.approx(0.91)
+    assert pd.isna(table.der_mean["no defense"])
+    printed = say(capsys, *where)
+    assert "91.00 ±" in printed, "80 columns break the cells"
+    assert "ulrl" in printed
+
+
+def test_partly_known_figures_say_how_often() -> None:
+    runs = [result(seed=0, asr=None, ra=None), result(seed=1, asr=0.5)]
+    cells, _ = summary_cells(summarise(frame_of(runs), "defense"))
+    assert cells["ASR %"].tolist() == ["50.00 (n 1)"]
+
+
+@pytest.mark.parametrize("name", ["all.parquet", "all.csv"])
+def test_export(name: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / name
+    say(capsys, "results", str(study), "--export", str(path))
+    frame = pd.read_parquet(path) if name.endswith("parquet") else pd.read_csv(path, index_col="folder")
+    assert len(frame) == 9
+    assert frame.acc[str(study / "one" / "defense" / "ulrl_2")] == 0.92
+    assert json.loads(frame.options.iloc[0]) == {"pratio": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--where", "atack=x"], ["--where", "atack", "attack"]),
+        (["--where", "attack"], ["key=value"]),
+        (["--where", "ratio=much"], ["ratio", "much"]),
+        (["--where", "attack=sig"], ["no result.json", "attack=sig"]),
+        (["--by", "defence"], ["--by", "defence", "defense"]),
+        (["--format", "word"], ["word", "latex"]),
+        (["--export", "x.xlsx"], ["--export", ".parquet"]),
+    ],
+)
+def test_bad_requests_are_one_line(
+    arguments: list[str], words: list[str], study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["results", str(study), *arguments])
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert said.count("\n") == 1
+    assert all(word in said for word in words)
+
+
+DAMAGES: list[Any] = [
+    b"", b"{", b"[]", b'{"kind": "attack"}', b"\xff", b"[" * 100_000,
+    *({"kind": k} for k in ("other", None)), {"method": 3}, {"seed": "0"}, {"seed": 2**70}, {"flagged": [0.5]},
+    {"seconds": {"total": 1}}, {"seconds": {"total": "1", "judge": 0}}, {"der": 2.0}, {"der": True}, {"after": None},
+    {"after": {"acc": 1.5, "asr": 0, "ra": 0}}, {"options": {"ratio": "much"}}, {"record": "half \ud800"},
+    {"evidence": {"z": float("nan")}}, {"before": None}, {"oracle": {"acc": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: repr(d)[:40])
+def test_a_damaged_file_is_named_and_left_out(damage: Any, study: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = study / "one" / "defense" / "ft" / "result.json"
+    file.write_bytes(damage if isinstance(damage, bytes) else json.dumps({**result(), **damage}).encode())
+    with caplog.at_level(logging.WARNING):
+        runs, left_out = find_runs(study)
+    assert len(runs) == 7
+    assert str(file) in left_out[0]
+    assert [r.getMessage().count(str(file)) for r in caplog.records] == [1]
+    assert "\n" not in caplog.records[0].getMessage()
+
+
+def test_a_number_beyond_floats_is_damage(study: Path) -> None:
+    file = study / "one" / "defense" / "ft" / "result.json"
+    file.write_text(file.read_text().replace("100.0", "1e999"))
+    assert "1e999" in find_runs(study)[1][0]
+
+
+def test_a_link_out_of_the_folder_is_not_followed(study: Path, tmp_path: Path) -> None:
+    outside = write(tmp_path / "outside", result())
+    (study / "one" / "defense" / "link").symlink_to(outside)
+    runs, left_out = find_runs(study)
+    assert len(runs) == 8
+    assert "link" in left_out[0]
+    refused(lambda: find_runs(study / "nowhere"), "nowhere", "folder")
+
+
+odd = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+share = st.none() | st.floats(0, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(odd, odd, share, share, share, st.integers(0, 2**63 - 1)), min_size=1, max_size=4))
+def test_any_names_and_values_can_be_shown(rows: list[tuple[Any, ...]]) -> None:
+    results = [
+        result(method=method, attack=attack, acc=acc, asr=asr, ra=asr, der=der, seed=seed)
+        for method, attack, acc, asr, der, seed in rows
+    ]
+    summary = summarise(frame_of(results), "attack,defense,seed")
+    assert summary.n.sum() == len(rows)
+    markdown = summary_markdown(summary).splitlines()
+    assert len(markdown) == 2 + len(summary), "no name breaks a line"
+    assert summary_latex(summary).count(r"\\") >= len(summary)
+    assert summary_table(summary, rows[0][0]).row_count == len(summary)
+    known = {acc for _, _, acc, *_ in rows if acc is not None}
+    if not known:
+        assert set(summary_cells(summary)[0]["ACC %"]) == {"-"}
+
+
+@pytest.mark.parametrize("name", ["ulrl", "ft", "npd"])
+def test_the_command_to_repeat_a_run_has_its_options(name: str) -> None:
+    defense, run = (
+        DEFENSES[name](batch_size=7, random_seed=3),
+        DefenseRun(ratio=0.05, random_seed=3, save_folder_name="a b; $c"),
+    )
+    options = json.loads(json.dumps(options_of(defense, run)))
+    command = repeat_command(result(method=name, record="my record", options=options))
+    program, kind, method, *flags = shlex.split(command)
+    assert (program, kind, method) == ("ulrl", "defense", name)
+    schema = Schema(DefenseRun, type(defense))
+    again = schema.merge(("flag", schema.flags(flags, "", "")))[0]
+    assert again.build(type(defense)) == defense
+    assert again.build(DefenseRun) == replace(run, result_file="my record")
