@@ -41,7 +41,7 @@ from ulrl.runs.common import (
     write_index,
     write_json,
 )
-from ulrl.seeds import generator
+from ulrl.seeds import generator, global_stream
 from ulrl.training import Monitor, TrainOptions
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,8 @@ def run_attack(
         lab = _lab(attack, run, training, train, kept, monitor, clean_model, folder / LEARNED)
         monitor.seconds["load"] = time.perf_counter() - start
 
-        attack = attack.learn(lab)
+        with global_stream(run.random_seed, "learn", device):
+            attack = attack.learn(lab)
         poisoned_train = None
         if not attack.controls_training:
             poisoned_train = _poison_training_set(attack, train, chosen, covers)
@@ -128,7 +129,8 @@ def run_attack(
         if not attack.trigger_from_training:
             course.poisoned = attack.poison_set(clean_test, judged, train=False)
         model = lab.new_model("initialisation")
-        attack = attack.train(model, lab)
+        with global_stream(run.random_seed, "train", device):  # dropout draws from it
+            attack = attack.train(model, lab)
         poisoned_test = course.poisoned or attack.poison_set(clean_test, judged, train=False)
         if poisoned_train is None:
             poisoned_train = _poison_training_set(attack, train, chosen, covers)
