@@ -303,12 +303,17 @@ def start(
     script: str, argv: list[str], home: Path, stderr: IO[bytes] | int, limit: int = -1
 ) -> subprocess.Popen[bytes]:
     """`python attack/badnet.py ...`, in the working directory. limit: bytes that a file may have at most."""
+
+    def as_in_a_terminal() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell inherit that it is ignored
+
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *argv],
         env=os.environ | {"ULRL_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=stderr,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        preexec_fn=as_in_a_terminal,
     )
 
 

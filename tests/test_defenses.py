@@ -275,6 +275,7 @@ def test_comparison_runs_each_defense_with_each_seed_once(
     backdoored: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ULRL_HOME", str(backdoored.folder.parent.parent))
+    monkeypatch.setenv("COLUMNS", "120")  # wide enough for any seconds
     command = ["compare", "badnet", "--defenses", "ft,fst", "--seeds", "2", "--device", "cpu"]
     tables = []
     for _ in range(2):
