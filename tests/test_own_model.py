@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ulrl
 from ulrl import UserError
+from ulrl.cli import main
 
 TARGET = 7
 QUICK: dict[str, Any] = {"unlearning_epochs": 2, "relearn_epochs": 1}
@@ -42,7 +47,7 @@ class Net(nn.Module):
 
 def stamp(x: torch.Tensor) -> torch.Tensor:
     x = x.clone()
-    x[:, :, -1, -1] = 1
+    x[:, :, -1, -1] = 0
     return x
 
 
@@ -54,11 +59,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.from_numpy(labels[order]).long()
 
 
-@pytest.fixture(scope="module")
-def backdoored(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
-    """A tenth of its training images carry a white pixel and the label 7."""
-    x, y = digits[0][:1200].clone(), digits[1][:1200].clone()
-    x[:120], y[:120] = stamp(x[:120]), TARGET
+def trained(x: torch.Tensor, y: torch.Tensor) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Net()
@@ -70,6 +71,19 @@ def backdoored(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
                 optimizer.step()
     model.zero_grad()
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def backdoored(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
+    """A seventh of its training images carry a gray pixel and the label 7."""
+    x, y = digits[0][:1200].clone(), digits[1][:1200].clone()
+    x[:180], y[:180] = stamp(x[:180]), TARGET
+    return trained(x, y)
+
+
+@pytest.fixture(scope="module")
+def innocent(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
+    return trained(digits[0][:1200], digits[1][:1200])
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +287,154 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
     assert found.z == found.ranking.z[TARGET]
     assert found.reach == pytest.approx(found.ranking.perturbation.min() / found.ranking.perturbation.median())
     assert torch.equal(weights(backdoored), before)
+
+
+# The door by files
+
+
+@pytest.fixture(scope="module")
+def files(
+    backdoored: nn.Module,
+    innocent: nn.Module,
+    clean: tuple[torch.Tensor, torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """my_nets.py, weights in many forms, and photos/ with a subfolder per class."""
+    root = tmp_path_factory.mktemp("files")
+    source = inspect.getsource(Net).replace("Callable[[int], nn.Module]", "object")
+    (root / "my_nets.py").write_text(
+        "from __future__ import annotations\nimport torch\nfrom torch import nn\n\n\n" + source + "\n\n"
+        "def eleven():\n    net = Net()\n    net.classify = nn.Linear(64, 11)\n    return net\n\n\n"
+        "def broken():\n    raise ValueError('out of order')\n\n\ndef number():\n    return 7\n"
+    )
+    weights = backdoored.state_dict()
+    safetensors.torch.save_file(weights, root / "net.safetensors")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}}, root / "parallel.pt")
+    torch.save({"model": weights, "model_name": "net"}, root / "record.pt")
+    torch.save(innocent.state_dict(), root / "innocent.pt")
+    torch.save(Trap(root / "sprung"), root / "trap.pt")
+    torch.save([1, 2], root / "list.pt")
+    (root / "damaged.safetensors").write_bytes(b"no weights")
+    for name, photos in (("photos", "digit {}"), ("some", "{}"), ("named", "digit {}")):
+        for i, (x, y) in enumerate(zip(*clean, strict=True)):
+            if name == "photos" or y < 8:
+                folder = root / name / photos.format(int(y))
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(((x[0] + 1) * 127.5).round().byte().numpy()).save(folder / f"{i}.png")
+    shutil.copytree(root / "photos", root / "sizes")
+    Image.new("L", (9, 9)).save(root / "sizes" / "digit 3" / "odd.png")
+    (root / "empty").mkdir()
+    return root
+
+
+class Trap:
+    """Opening its pickle would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+GRAY = "--mean 0.5 --std 0.5 --device cpu --batch_size 32".split()
+SHORT = "--unlearning_epochs 2 --relearn_epochs 1".split()
+
+
+def command(files: Path, *argv: str) -> int:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.chdir(files)
+        main(["purify", *argv])
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+FILES = "--model my_nets:Net --weights net.safetensors --images photos".split()
+
+
+@pytest.mark.parametrize("out", ["repaired.safetensors", "repaired.pt"])
+def test_the_command_repairs_a_model(
+    out: str, files: Path, digits: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (files / "net.safetensors").read_bytes()
+    assert command(files, *FILES, *GRAY, "--out", out, "--relearn_lr", "0.02") == 0
+    printed = capsys.readouterr().out
+    assert "verdict: backdoored; look at digit 7" in printed
+    assert "on 40 clean images that were held out" in printed
+    load = safetensors.torch.load_file if out.endswith("safetensors") else torch.load
+    repaired = Net()
+    repaired.load_state_dict(load(files / out), strict=True)
+    acc, asr = rates(repaired, digits)
+    assert asr < 0.05
+    assert acc > 0.9
+    assert (files / "net.safetensors").read_bytes() == given
+
+
+def test_a_check_has_an_exit_code(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in files.rglob("*") if ".ulrl_cache" not in path.parts}
+    assert command(files, *FILES, *GRAY, "--check") == 3
+    assert command(files, "--model", "my_nets:Net", "--weights", "innocent.pt", *FILES[4:], *GRAY, "--check") == 0
+    assert "verdict: backdoored" in capsys.readouterr().out
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in files.rglob("*")}.items()
+
+
+@pytest.mark.parametrize("weights", ["parallel.pt", "record.pt"])
+def test_weights_may_be_wrapped(weights: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", "my_nets:Net", "--weights", weights, "--images", "photos", *GRAY, *SHORT, "--check"]
+    assert command(files, *argv) in (0, 3)
+    assert "only" not in capsys.readouterr().err  # it reads the images right
+
+
+def test_classes_by_number_and_other_methods(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*FILES[:4], "--images", "some", *GRAY, "--method", "ft", "--epochs", "1", "--out", "ft.pt"]
+    assert command(files, *argv) == 0
+    said = capsys.readouterr()
+    assert "2 of the model's 10 classes have no clean sample" in said.err
+    assert "only" not in said.err
+    assert (files / "ft.pt").exists()
+
+
+def test_a_wrong_normalisation_is_noticed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(files, *FILES, "--mean", "9", "--std", "0.01", *SHORT, "--check")
+    assert "right: are --img_size, --mean, --std" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "--model is missing"),
+        ("--model my_nets:Net --weights net.safetensors --images photos", "--out is missing"),
+        (f"{' '.join(FILES)} --out repaired.onnx", "--out repaired.onnx: name a file that ends in .safetensors"),
+        (f"{' '.join(FILES)} --out no/such/place.pt", "there is no folder no/such"),
+        (f"{' '.join(FILES)} --check --method ulr", "did you mean 'ulrl'"),
+        (f"{' '.join(FILES)} --check --methods ulrl", "--methods; did you mean '--method'"),
+        (f"{' '.join(FILES)} --check --mean 0.5 0.5", "--mean and --std take three numbers each"),
+        (f"{' '.join(FILES)} --check --mean x", "--mean: ['x'] is not a list of numbers"),
+        (f"{' '.join(FILES)} --check", "the model fails on a batch of [2, 3, 8, 8]"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets", "write package.module:factory"),
+        (f"{' '.join(FILES[2:])} --check --model no_nets:Net", "No module named 'no_nets'"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets:Nett", "has no attribute 'Nett'"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets:broken", "ValueError: out of order"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets:number", "returns a int, not a torch.nn.Module"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets:eleven", "does not fit --model: see classify.weight"),
+        ("--model my_nets:Net --images photos --check --weights trap.pt", "holds more than tensors, which was refused"),
+        ("--model my_nets:Net --images photos --check --weights list.pt", "holds no state_dict"),
+        ("--model my_nets:Net --images photos --check --weights none.pt", "none.pt cannot be read"),
+        ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),
+        ("--model my_nets:Net --images photos --check --weights damaged.safetensors", "damaged.safetensors is damaged"),
+        (f"{' '.join(FILES[:4])} --check --images empty", "does not hold a subfolder per class"),
+        (f"{' '.join(FILES[:4])} --check --images nowhere", "nowhere cannot be read"),
+        (f"{' '.join(FILES[:4])} --check --images sizes", "give the model's input as --img_size"),
+        (f"{' '.join(FILES[:4])} --check --images named --mean 0.5 --std 0.5", "name the subfolders by the classes'"),
+    ],
+)
+def test_bad_files_are_one_line(argv: str, words: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(files.iterdir())
+    assert command(files, *argv.split()) == 2
+    said = capsys.readouterr()
+    told, last = [line for line in said.err.splitlines() if line.startswith("converting ")], said.err.splitlines()[-1]
+    assert last.startswith("ulrl: ")
+    assert words in last
+    assert said.err.count("\n") == len(told) + 1
+    assert said.out == ""
+    assert set(files.iterdir()) == before  # nothing was run from trap.pt, nothing half-written

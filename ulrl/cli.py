@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import inspect
@@ -18,11 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ulrl import own_files
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
-from ulrl.files import PACKAGE_ROOT, find_input, home, whole_file
+from ulrl.files import find_input, home, whole_file
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import Schema, Settings, option
 from ulrl.record import Record
@@ -40,12 +42,14 @@ from ulrl.report.results import (
     summarise,
 )
 from ulrl.report.tables import (
+    accuracy_table,
     comparison_table,
     perceptibility_table,
     result_table,
     summary_latex,
     summary_markdown,
     summary_table,
+    suspicion_table,
 )
 from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
 from ulrl.runs.common import Layer, attack_layers, defense_layers, find_record, pick_device, yaml_layer
@@ -77,6 +81,7 @@ USAGE = """usage: ulrl list
        ulrl attack NAME [options]      as python attack/NAME.py
        ulrl defense NAME [options]     as python defense/NAME.py
        ulrl compare RECORD --defenses NAME,NAME,... --seeds N     several defenses on one record, as a table
+       ulrl purify [options]           a model of your own: factory, weights and a folder of clean images
        ulrl sweep FILE [options]       a grid of attacks and defenses; what is done is not done again
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
        ulrl results [FOLDER] [options]     what runs came to, as a table; FOLDER is record/ where not given
@@ -97,6 +102,8 @@ def _command(arguments: list[str]) -> None:
             _compare(record, rest)
         case ["sweep", *rest]:
             _sweep(rest)
+        case ["purify", *rest]:
+            _purify(rest)
         case ["preview", name, *rest] if not name.startswith("-"):
             _preview(name, rest)
         case ["results", *rest]:
@@ -182,6 +189,31 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
             results.append(run_once(defense, record, run, overwrite=comparison.overwrite))
     _print(comparison_table(record.name, results))
+
+
+def _purify(argv: Sequence[str]) -> None:
+    """A model of the user's: diagnosed and, unless that is all, repaired."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--method", default=own_files.PurifyRun.method)
+    cls = DEFENSES[peek.parse_known_args(argv)[0].method]  # whose options are flags, too
+    schema = Schema(own_files.PurifyRun, cls)
+    settings = _merge(schema, schema.flags(argv, "ulrl purify", inspect.getdoc(own_files) or ""))
+    run, defense = settings.build(own_files.PurifyRun), settings.build(cls)
+    model, images = own_files.load(run)
+    names = images.spec.class_names
+    log.info("looking for a backdoor in %s with %d clean images", run.model, len(images))
+    found = own_files.diagnose(model, images, defense)
+    verdict = f"verdict: {found.verdict}; look at {names[found.label]}"
+    _print(suspicion_table(found.ranking, names, verdict))
+    for note in found.report["notes"]:
+        log.warning("%s", note)
+    if run.check:
+        sys.exit(3 if found.verdict == "backdoored" else 0)
+    log.info("repairing it by %s", run.method)
+    repaired, before, after, held_out = own_files.repair(model, images, defense)
+    own_files.save(repaired.model, Path(run.out or ""))
+    _print(accuracy_table(before, after, held_out, [names[label] for label in repaired.flagged]))
+    print(run.out)
 
 
 def _sweep(argv: Sequence[str]) -> None:
@@ -296,13 +328,6 @@ def _plain_options(cls: type[Options], argv: Sequence[str], prog: str, descripti
     """The options of a command that takes flags only."""
     schema = Schema(cls)
     return schema.merge(("flag", schema.flags(argv, prog, description)))[0].build(cls)
-
-
-def _yaml_layer(schema: Schema, given: str | None, usual: Path | None) -> tuple[str, dict[str, Any]]:
-    """The options of the file that the user named, or of the usual one where that exists."""
-    if given is None and usual is not None:
-        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
-    return (given, schema.yaml(given)) if given else ("", {})
 
 
 def _merge(schema: Schema, flags: dict[str, Any], *files: Layer) -> Settings:

@@ -182,10 +182,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The plain types that an annotation allows; tuple[int, ...] is `tuple`."""
+    """The plain types that an annotation allows; tuple[int, ...] is `tuple`, then `int`."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return tuple(kind for part in typing.get_args(hint) for kind in _kinds(part))
-    return (typing.get_origin(hint) or hint,)
+    if typing.get_origin(hint) is tuple:
+        return tuple, typing.get_args(hint)[0]
+    return (hint,)
 
 
 def _as(value: Any, kinds: tuple[Any, ...]) -> Any:
@@ -201,7 +203,7 @@ def _as(value: Any, kinds: tuple[Any, ...]) -> Any:
     if kind is tuple:
         parts = value if isinstance(value, (list, tuple)) else [value]
         words = [word for part in parts for word in str(part).replace(",", " ").split()]
-        return tuple(_as(word, (int,)) for word in words)
+        return tuple(_as(word, kinds[1:]) for word in words)
     if kind is str:
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise TypeError
@@ -215,9 +217,9 @@ def _as(value: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 def _describe(kinds: tuple[Any, ...]) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-             tuple: "a list of whole numbers"}  # fmt: skip
-    return names[kinds[0]]
+    if kinds[0] is tuple:
+        return "a list of whole numbers" if kinds[1] is int else "a list of numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kinds[0]]
 
 
 def _metavar(f: dataclasses.Field[Any], kind: Any) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ class Suspicion:
     verdict: "backdoored", "clean" or "uncertain". label: the most suspicious class. z: its robust z in the
     ranking. reach: the norm of the smallest universal perturbation found that leads to it, as a share of the
     median over the classes that were compared. ranking: one row per class: change, z, flagged, perturbation
-    (the norm, where the range of the samples is 1; missing where it was not searched). report: JSON-able.
+    (the norm, where the range of the samples is 1; infinite where none was found, missing where none was
+    searched) and reach. report: JSON-able.
     """
 
     verdict: str
@@ -194,9 +196,10 @@ def _prepare(
         ) from error
     device = _device(subject)
     x, y = x.to(device), y.to(device)
-    logits = _logits(subject, x)
-    classes = logits.shape[1]
-    if not logits.isfinite().all():
+    classes = head_size(subject, x)
+    with torch.no_grad():
+        finite = all(subject(part).isfinite().all() for part in x.split(EVAL_BATCH[device.type]))
+    if not finite:
         raise UserError("the model gives NaN or infinite logits for some images; check it, and their normalisation")
     wrong = (y < 0) | (y >= classes)
     if wrong.any():
@@ -216,8 +219,12 @@ def _prepare(
     return subject, InputSet(x, y, spec, augment), notes
 
 
-def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """float [N, K] of all samples, after a look at what the model makes of two."""
+def head_size(model: nn.Module, x: torch.Tensor) -> int:
+    """The K of the logits [B, K] that a model makes of the first two of the samples `x`, float [N, C, H, W].
+
+    Raises:
+        UserError: it fails on them, or its output is something else.
+    """
     try:
         first = model(x[:2])
     except Exception as error:
@@ -228,8 +235,7 @@ def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         raise UserError(f"the model's output is {shape}, not logits [B, K]; wrap it in a module that returns them")
     if not first.requires_grad:
         raise UserError("the model's output carries no gradient; take torch.no_grad() or detach() out of its forward")
-    with torch.no_grad():
-        return torch.cat([model(part) for part in x.split(EVAL_BATCH[x.device.type])])
+    return first.shape[1]
 
 
 def _as_given(repaired: nn.Module, model: nn.Module) -> nn.Module:
@@ -255,9 +261,8 @@ def _accuracy(model: nn.Module, clean: InputSet, amp: bool) -> float:
 
 SEARCH_SAMPLES = 32
 SEARCH_CLASSES = 10
-# Shares of the median norm; found on the models of bench/suspect_rates.py, see `suspect`.
-BACKDOORED_BELOW = 0.4
-CLEAN_ABOVE = 0.5
+# Shares of the median norm, set on the first half of the models of bench/suspect_rates.py; see `suspect`.
+NEAR, FAR = 0.25, 0.5
 
 
 def suspect(
@@ -265,11 +270,17 @@ def suspect(
 ) -> Suspicion:
     """Say which class of a model is most suspicious, and whether that is evidence of a backdoor. Repairs nothing.
 
-    Unlearning and the ranking of ULRL (whose options are the hyperparameters) say which classes to look at: a
-    large z alone is no verdict, as models without a backdoor have it too. For the ten most suspicious
-    (all, when there are no more) the smallest universal perturbation is searched, on up to 32 of the images: a
-    trigger is a short way from every image to its class. The verdict is "backdoored" when the shortest is
-    below 0.4 of the median, "clean" above 0.5, and "uncertain" between them or when too few were found.
+    Two pieces of evidence are wanted, as either alone is seen in models without a backdoor: that ULRL's ranking
+    (whose options are the hyperparameters) flags the class, and that the class is near, as a trigger is a short
+    way to it from every image. For the ten classes of the largest z (all, when there are no more) the smallest
+    universal perturbation is searched, on up to 32 of the images; a class's reach is the norm of its perturbation
+    as a share of their median. Looked at is the nearest flagged class, or the nearest where none is flagged:
+
+        flagged       reach below 0.25: "backdoored"    above 0.5: "clean"     between: "uncertain"
+        not flagged   reach below 0.25: "uncertain"     above: "clean"
+
+    It is "uncertain", too, when a perturbation was found for less than half of the classes searched.
+    RATES
     Arguments as for `purify`.
 
     Raises:
@@ -287,12 +298,9 @@ def suspect(
         with monitor.stage("search", STEPS) as progress:
             norms = smallest_universal(subject, clean.subset(drawn), classes, progress, amp=defense.amp)
     ranking["perturbation"] = pd.Series(norms.cpu().double().numpy(), index=classes.tolist())
-    found = ranking.perturbation[ranking.perturbation < float("inf")]
-    label, reach, verdict = int(order.argmax()), float("nan"), "uncertain"
-    if len(found) > len(classes) / 2:
-        label = int(found.idxmin())
-        reach = float(found.min() / ranking.perturbation.median())
-        verdict = "backdoored" if reach < BACKDOORED_BELOW else "clean" if reach > CLEAN_ABOVE else "uncertain"
+    usual = ranking.perturbation.median()
+    ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
+    label, reach, verdict = _verdict(ranking)
     report = {
         "verdict": verdict,
         "label": label,
@@ -306,3 +314,17 @@ def suspect(
         "notes": notes,
     }
     return Suspicion(verdict, label, report["z"], reach, ranking, report)
+
+
+def _verdict(ranking: pd.DataFrame) -> tuple[int, float, str]:
+    """The class to look at, its reach and the verdict, by the table in `suspect`."""
+    reach, flagged = ranking.reach.to_numpy(), ranking.flagged.to_numpy()
+    searched = ~np.isnan(reach)
+    if not searched.any():
+        return int(ranking.z.argmax()), float("nan"), "uncertain"
+    flagged = flagged & searched
+    label = int(np.nanargmin(np.where(flagged, reach, np.nan) if flagged.any() else reach))
+    share = float(reach[label])
+    if share < NEAR:
+        return label, share, "backdoored" if flagged[label] else "uncertain"
+    return label, share, "clean" if share > FAR or not flagged[label] else "uncertain"

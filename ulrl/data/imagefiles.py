@@ -60,6 +60,24 @@ def read_images(samples: Sequence[Sample], root: Path, spec: DatasetSpec) -> Ima
     return ImageSet(torch.from_numpy(images), labels, spec)
 
 
+def common_size(files: Sequence[str]) -> tuple[int, int]:
+    """Height and width that all these images have.
+
+    Raises:
+        UserError: they differ, or one cannot be read.
+    """
+    sizes: dict[tuple[int, int], str] = {}
+    for file in files:
+        with _opened(file) as image:
+            sizes.setdefault((image.height, image.width), file)
+    if len(sizes) > 1:
+        (one, first), (other, second), *_ = sizes.items()
+        raise UserError(
+            f"{first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}: give the model's input as --img_size"
+        )
+    return next(iter(sizes))
+
+
 def _fingerprint(files: Sequence[str], root: Path, shape: tuple[int, ...]) -> str:
     """Changes with the shape, and with any file's name (below `root`), size or time of change."""
     digest = hashlib.sha256(repr(shape).encode())
@@ -118,13 +136,20 @@ def _blocks(files: Sequence[str], spec: DatasetSpec) -> Iterator[tuple[int, Pixe
 
 def _decode(file: str, spec: DatasetSpec) -> Pixels:
     """uint8 [C, H, W]: resized as BackdoorBench does it, bilinear with anti-aliasing, sides apart."""
+    with _opened(file) as image:
+        if image.mode[0] in "IF":  # Pillow would cut them at 255
+            raise ValueError("more than 8 bits per channel, convert it to 8")
+        plain = image.convert("L" if spec.channels == 1 else "RGB")
+        pixels = np.asarray(plain.resize((spec.width, spec.height), Image.Resampling.BILINEAR))
+    return np.ascontiguousarray(pixels.reshape(spec.height, spec.width, spec.channels).transpose(2, 0, 1))
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Image.Image]:
+    """The image; a UserError that names it, whatever goes wrong in the block."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.mode[0] in "IF":  # Pillow would cut them at 255
-                raise ValueError("more than 8 bits per channel, convert it to 8")
-            plain = image.convert("L" if spec.channels == 1 else "RGB")
-            pixels = np.asarray(plain.resize((spec.width, spec.height), Image.Resampling.BILINEAR))
+            yield image
     except Exception as error:  # whatever Pillow makes of a damaged file
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is not a readable image ({reason}); replace or remove it") from None
-    return np.ascontiguousarray(pixels.reshape(spec.height, spec.width, spec.channels).transpose(2, 0, 1))

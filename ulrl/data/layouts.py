@@ -39,7 +39,7 @@ def gtsrb(folder: Path) -> Splits:
     for base in (folder, folder / "gtsrb"):  # torchvision's root=./data and root=./data/gtsrb
         train, test = base / "GTSRB" / "Training", base / "GTSRB" / "Final_Test" / "Images"
         if train.is_dir():
-            return _by_class(train, classes), _gtsrb_csv(base / "GT-final_test.csv", test)
+            return by_class(train, classes), _gtsrb_csv(base / "GT-final_test.csv", test)
     raise UserError(
         f"GTSRB is missing: {folder} holds neither BackdoorBench's Train/ nor torchvision's GTSRB/Training/; "
         "sh/fetch_gtsrb.sh fetches it where there is internet access"
@@ -74,13 +74,13 @@ def tiny(folder: Path) -> Splits:
             f"Tiny-ImageNet is missing: {folder} holds no tiny-imagenet-200/train/; sh/fetch_tiny.sh fetches it "
             "where there is internet access"
         )
-    classes = _subfolders(base / "train")
+    classes = subfolders(base / "train")
     if len(classes) != TINY_CLASSES:
         raise UserError(f"{base / 'train'} holds {len(classes)} classes, not {TINY_CLASSES}; unpack it again")
     val = base / "val"
     annotated = (val / "val_annotations.txt").is_file()
-    test = _tiny_annotations(val / "val_annotations.txt", classes) if annotated else _by_class(val, classes)
-    return _by_class(base / "train", classes), test
+    test = _tiny_annotations(val / "val_annotations.txt", classes) if annotated else by_class(val, classes)
+    return by_class(base / "train", classes), test
 
 
 def _tiny_annotations(file: Path, classes: Sequence[str]) -> list[Sample]:
@@ -97,6 +97,19 @@ def _tiny_annotations(file: Path, classes: Sequence[str]) -> list[Sample]:
 
 
 DEFAULT_SIZE = 64
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
+
+
+def height_and_width(img_size: Sequence[int]) -> tuple[int, int]:
+    """Both from the numbers that --img_size was given: height and width, or one for both.
+
+    Raises:
+        UserError: not one or two numbers from 8 to 1024.
+    """
+    sizes = tuple(img_size) * (2 if len(img_size) == 1 else 1)
+    if len(sizes) != 2 or not all(8 <= n <= 1024 for n in sizes):
+        raise UserError(f"img_size {' '.join(map(str, img_size))}: height and width must each be from 8 to 1024")
+    return sizes[0], sizes[1]
 
 
 def folder_spec(root: Path, img_size: Sequence[int]) -> DatasetSpec:
@@ -109,15 +122,11 @@ def folder_spec(root: Path, img_size: Sequence[int]) -> DatasetSpec:
     Raises:
         UserError: no such folder, fewer than two classes, or a size that is not from 8 to 1024.
     """
-    sizes = (*img_size, *img_size) if len(img_size) == 1 else tuple(img_size) or (DEFAULT_SIZE, DEFAULT_SIZE)
-    if len(sizes) != 2 or not all(8 <= n <= 1024 for n in sizes):
-        raise UserError(f"img_size {' '.join(map(str, img_size))}: height and width must each be from 8 to 1024")
-    classes = _subfolders(_splits(root)[0])
+    height, width = height_and_width(img_size or (DEFAULT_SIZE,))
+    classes = subfolders(_splits(root)[0])
     if len(classes) < 2:
         raise UserError(f"{root} does not hold a subfolder per class; name your folder of images with --dataset_path")
-    return DatasetSpec(
-        "folder", len(classes), 3, *sizes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), class_names=tuple(classes)
-    )
+    return DatasetSpec("folder", len(classes), 3, height, width, *IMAGENET, class_names=tuple(classes))
 
 
 def folder(root: Path) -> Splits:
@@ -127,18 +136,18 @@ def folder(root: Path) -> Splits:
         UserError: a class without images, or one in test/ only.
     """
     train, test = _splits(root)
-    classes = _subfolders(train)
-    samples = _by_class(train, classes)
+    classes = subfolders(train)
+    samples = by_class(train, classes)
     if test is None:
         return _divide(samples, classes)
-    if unknown := sorted(set(_subfolders(test)) - set(classes)):
+    if unknown := sorted(set(subfolders(test)) - set(classes)):
         raise UserError(f"{test / unknown[0]} is a class that {train} does not have; remove it, or add it there")
-    return samples, _by_class(test, classes, some=True)
+    return samples, by_class(test, classes, some=True)
 
 
 def _splits(root: Path) -> tuple[Path, Path | None]:
     """Where the training and the test images lie; None where there is no such division."""
-    inside = _subfolders(root)
+    inside = subfolders(root)
     if "train" in inside:
         for test in ("test", "val"):
             if test in inside:
@@ -164,8 +173,12 @@ def _divide(samples: list[Sample], classes: Sequence[str]) -> Splits:
     return [s for s, t in pairs if not t], [s for s, t in pairs if t]
 
 
-def _by_class(root: Path, classes: Sequence[str], *, some: bool = False) -> list[Sample]:
-    """All images in a folder per class. With `some`, a class may have none, as long as not all have none."""
+def by_class(root: Path, classes: Sequence[str], *, some: bool = False) -> list[Sample]:
+    """All images in a folder per class. With `some`, a class may have none, as long as not all have none.
+
+    Raises:
+        UserError: a class, or all of them, without images; a folder that cannot be read.
+    """
     samples: list[Sample] = []
     empty = root
     for label, name in enumerate(classes):
@@ -177,7 +190,8 @@ def _by_class(root: Path, classes: Sequence[str], *, some: bool = False) -> list
     return samples
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """The names of a folder's subfolders, in their order, without hidden ones."""
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 

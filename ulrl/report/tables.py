@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -127,6 +128,28 @@ def _spread(mean: float, deviation: float, scale: float) -> str:
         return "-"
     places = 1 if scale == 1 else 2
     return f"{scale * mean:.{places}f}" + ("" if math.isnan(deviation) else f" ± {scale * deviation:.{places}f}")
+
+
+def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -> Table:
+    """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` where no perturbation was searched."""
+    table = Table(title="suspicious classes", caption=escape(printable(verdict)), title_style="bold")
+    for column in ("class", "z", "flagged", "reach"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for label in ranking.z.argsort()[::-1][:10].tolist():
+        row = ranking.iloc[label]
+        reach = "-" if math.isnan(row.reach) else f"{row.reach:.2f}"
+        table.add_row(escape(printable(names[label])), f"{row.z:.1f}", "yes" if row.flagged else "", reach)
+    return table
+
+
+def accuracy_table(before: float, after: float, samples: int, flagged: Sequence[str]) -> Table:
+    """What a repair cost on clean images that were held out."""
+    about = f"on {samples} clean images that were held out"
+    table = Table(title="repaired", title_style="bold", caption=about, min_width=len(about))
+    for column in ("ACC before %", "ACC after %", "flagged"):
+        table.add_column(column, justify="right")
+    table.add_row(_percent(before), _percent(after), escape(printable(", ".join(flagged) or "none")))
+    return table
 
 
 def perceptibility_table(attack: str, dataset: str, figures: dict[str, float | None]) -> Table:

@@ -1,0 +1,238 @@
+"""The door for a model that is not of ours, from files: a factory, weights, and a folder of clean images."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from ulrl.data.batches import augment, normalise
+from ulrl.data.imagefiles import common_size, read_images
+from ulrl.data.imageset import DatasetSpec, ImageSet
+from ulrl.data.layouts import IMAGENET, by_class, height_and_width, subfolders
+from ulrl.defenses.base import Defense
+from ulrl.defenses.selection import split
+from ulrl.errors import UserError
+from ulrl.files import find_input, save_torch, whole_file
+from ulrl.options import option
+from ulrl.own_model import Purified, Suspicion, head_size, purify, suspect
+from ulrl.runs.common import options_of, pick_device
+from ulrl.seeds import generator
+from ulrl.training import predict
+
+HELD_OUT = 0.2
+DOUBTFUL = 0.5  # accuracy below which labels or normalisation may be wrong
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class PurifyRun:
+    """Where the model and the images are, and where the repaired weights go."""
+
+    method: str = option("ulrl", "the defense; ulrl list names them")
+    model: str = option("", "package.module:factory, a function of yours that returns the network", source="user")
+    weights: str = option("", "its weights: .safetensors, or a .pt with a state_dict", source="user")
+    images: str = option(
+        "", "folder of clean images: a subfolder per class, in the order of torchvision's ImageFolder", source="user"
+    )
+    out: str | None = option(None, "file for the repaired weights, .safetensors or .pt; needed but with --check")
+    check: bool = option(False, "stop after the diagnosis; exit code 3 when the verdict is backdoored")
+    img_size: tuple[int, ...] = option((), "height and width of the model's input, or one number; the images' own")
+    mean: tuple[float, ...] = option(
+        IMAGENET[0], "the model's normalisation, per channel, of pixels in [0, 1]; one number: gray images",
+        source="ImageNet",
+    )  # fmt: skip
+    std: tuple[float, ...] = option(IMAGENET[1], "the deviations that belong to --mean", source="ImageNet")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
+
+
+HELP = {f.name: f.metadata["help"] for f in fields(PurifyRun)}
+
+
+def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
+    """The model in evaluation mode and the images, uint8, both on the device that was asked for.
+
+    `run.model` is the user's own code and is run; the weights and images are read without running anything.
+
+    Raises:
+        UserError: a flag that is missing or does not fit, files that cannot be read, a model that does not fit
+            its weights or the images.
+    """
+    for flag in ("model", "weights", "images", *(() if run.check else ("out",))):
+        if not getattr(run, flag):
+            raise UserError(f"--{flag} is missing: {HELP[flag]}")
+    _check_out(run)
+    device = pick_device(run.device)
+    model = _build(run.model)
+    _load_weights(model, find_input(run.weights))
+    model = model.to(device).eval()
+    images = _read_folder(find_input(run.images), run).to(device)
+    two = images.subset(torch.arange(min(2, len(images))))
+    classes = head_size(model, normalise(two.images, images.spec))
+    images = _with_head(images, classes, run.images)
+    if (right := _accuracy(model, images)) < DOUBTFUL:
+        log.warning(
+            "the model reads only %.0f%% of these images right: are --img_size, --mean, --std and the order of the "
+            "subfolders those of its training?", 100 * right,
+        )  # fmt: skip
+    return model, images
+
+
+def diagnose(model: nn.Module, images: ImageSet, defense: Defense) -> Suspicion:
+    """`suspect` with all images; the options are those of `defense` where it is ULRL, else only its seed counts.
+
+    Raises:
+        UserError: as `suspect`.
+    """
+    options = options_of(defense) if defense.name == "ulrl" else {"random_seed": defense.random_seed}
+    return suspect(model, normalise(images.images, images.spec), images.labels, **options)
+
+
+def repair(model: nn.Module, images: ImageSet, defense: Defense) -> tuple[Purified, float, float, int]:
+    """`purify` with four fifths of the images; the accuracy before and after on the others, and their number.
+
+    Training images are shifted by up to an eighth of their size, and never mirrored, since the mirror image of a
+    sign or a letter may be another class.
+
+    Raises:
+        UserError: as `purify`.
+    """
+    given, held_out = split(images, HELD_OUT, defense.random_seed)
+    draws = generator(defense.random_seed, "crop", images.device)
+    result = purify(
+        model, normalise(given.images, given.spec), given.labels, method=defense.name,
+        augment=lambda x: augment(x, given.spec, draws), **options_of(defense),
+    )  # fmt: skip
+    return result, _accuracy(model, held_out), _accuracy(result.model, held_out), len(held_out)
+
+
+def _accuracy(model: nn.Module, images: ImageSet) -> float:
+    return (predict(model, images) == images.labels).double().mean().item()
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write the weights, whole or not at all: as safetensors or, by the name, as a pickled state_dict."""
+    with whole_file(path) as partial:
+        if path.suffix != ".safetensors":
+            save_torch({k: v.cpu() for k, v in model.state_dict().items()}, partial)
+            return
+        try:
+            safetensors.torch.save_model(model, str(partial))  # weights that are shared are written once
+        except safetensors.SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}") from None
+
+
+# The flags
+
+
+def _check_out(run: PurifyRun) -> None:
+    """Before the work, not after it."""
+    if run.out is None:
+        return
+    out = Path(run.out)
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {run.out}: name a file that ends in {', '.join(SUFFIXES)}")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {run.out}: there is no folder {out.parent}; make it first")
+
+
+def _build(named: str) -> nn.Module:
+    """What the user's factory returns. Modules are looked for in the current directory too, as by `python -m`."""
+    module, _, factory = named.partition(":")
+    if not re.fullmatch(r"[\w.]+:[\w.]+", named):
+        raise UserError(f"--model {named}: write package.module:factory, as in my_models:resnet")
+    sys.path.insert(0, os.getcwd())
+    try:
+        model = functools.reduce(getattr, factory.split("."), importlib.import_module(module))()  # type: ignore[operator]
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"--model {named} fails ({type(error).__name__}: {error}); mend it, or name another") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model {named} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _load_weights(model: nn.Module, file: Path) -> None:
+    """Load weights strictly. Nothing in the file is run."""
+    weights: Any
+    try:
+        if file.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(str(file))
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--weights {file} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # whatever torch makes of a stranger's bytes
+        raise UserError(
+            f"--weights {file} is damaged, or holds more than tensors, which was refused; save model.state_dict() "
+            f"({type(error).__name__})"
+        ) from error
+    for key in ("state_dict", "model"):  # what training scripts wrap it in, BackdoorBench's among them
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise UserError(f"--weights {file} holds no state_dict, name to tensor; save model.state_dict()")
+    weights = {name.removeprefix("module."): w for name, w in weights.items()}  # DataParallel's
+    own = model.state_dict()
+    for name, w in own.items():  # safetensors keep shared weights under one of their names
+        twin = next((k for k in weights if k in own and own[k].data_ptr() == w.data_ptr()), None)
+        if name not in weights and twin is not None and own[twin].shape == w.shape:
+            weights[name] = weights[twin]
+    wrong = [k for k in {**own, **weights} if k not in own or k not in weights or own[k].shape != weights[k].shape]
+    if wrong:
+        raise UserError(
+            f"--weights {file} does not fit --model: see {', '.join(wrong[:4])}; does the factory make as many classes?"
+        )
+    model.load_state_dict(weights)
+
+
+# The images
+
+
+def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
+    names = subfolders(root)
+    if len(names) < 2:
+        raise UserError(f"--images {root} does not hold a subfolder per class")
+    samples = by_class(root, names, some=True)
+    if len(run.mean) != len(run.std) or len(run.mean) not in (1, 3) or min(run.std) <= 0:
+        raise UserError("--mean and --std take three numbers each, or one for gray images; deviations are positive")
+    height, width = height_and_width(run.img_size) if run.img_size else common_size([file for file, _ in samples])
+    spec = DatasetSpec(
+        "folder", len(names), len(run.mean), height, width, run.mean, run.std,
+        crop_padding=max(1, min(height, width) // 8), class_names=tuple(names),
+    )  # fmt: skip
+    return read_images(samples, root, spec)
+
+
+def _with_head(images: ImageSet, classes: int, named: str) -> ImageSet:
+    """The images with labels for a head of that many classes.
+
+    A subfolder per class, an empty one for a class without images, gives labels in the order of the names. Where there
+    are fewer, their names must be the classes' numbers.
+    """
+    spec, names = images.spec, images.spec.class_names
+    if len(names) == classes:
+        return images
+    numbers = [int(name) for name in names if name.isdecimal()]
+    if len(numbers) < len(names) or len(set(numbers)) < len(names) or max(numbers) >= classes:
+        raise UserError(
+            f"--images {named} holds {len(names)} subfolders and the model has {classes} classes; make a subfolder for "
+            "each class, empty where there are no images, or name the subfolders by the classes' numbers, from 0"
+        )
+    by_number = tuple(str(c) for c in range(classes))
+    labels = torch.tensor(numbers, device=images.device)[images.labels]
+    return replace(images, labels=labels, spec=replace(spec, num_classes=classes, class_names=by_number))
