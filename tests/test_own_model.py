@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import logging
 import shutil
@@ -25,6 +26,7 @@ import ulrl
 from ulrl import UserError
 from ulrl.cli import main
 
+ROOT = Path(__file__).resolve().parent.parent
 TARGET = 7
 QUICK: dict[str, Any] = {"unlearning_epochs": 2, "relearn_epochs": 1}
 
@@ -371,7 +373,7 @@ def test_the_command_repairs_a_model(
 
 
 def test_a_check_has_an_exit_code(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in files.rglob("*") if ".ulrl_cache" not in path.parts}
+    before = {path: path.stat().st_mtime_ns for path in files.rglob("*") if path.is_file()}
     assert command(files, *FILES, *GRAY, "--check") == 3
     assert command(files, "--model", "my_nets:Net", "--weights", "innocent.pt", *FILES[4:], *GRAY, "--check") == 0
     assert "verdict: backdoored" in capsys.readouterr().out
@@ -438,3 +440,16 @@ def test_bad_files_are_one_line(argv: str, words: str, files: Path, capsys: pyte
     assert said.err.count("\n") == len(told) + 1
     assert said.out == ""
     assert set(files.iterdir()) == before  # nothing was run from trap.pt, nothing half-written
+
+
+def test_the_example_runs_as_it_stands(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("purify_folder")
+    for name in ("digit 0", "digit 1", "digit 2"):
+        shutil.copytree(files / "photos" / name, tmp_path / "few" / name)
+    torch.save(example.network(3).state_dict(), tmp_path / "weights.pt")
+    example.main(str(tmp_path / "weights.pt"), str(tmp_path / "few"), str(tmp_path / "repaired.pt"), size=32)
+    assert ": look at digit" in capsys.readouterr().out
+    example.network(3).load_state_dict(torch.load(tmp_path / "repaired.pt"), strict=True)

@@ -274,12 +274,12 @@ def suspect(
     (whose options are the hyperparameters) flags the class, and that the class is near, as a trigger is a short
     way to it from every image. For the ten classes of the largest z (all, when there are no more) the smallest
     universal perturbation is searched, on up to 32 of the images; a class's reach is the norm of its perturbation
-    as a share of their median. Looked at is the nearest flagged class, or the nearest where none is flagged:
+    as a share of their median. The verdict is
 
-        flagged       reach below 0.25: "backdoored"    above 0.5: "clean"     between: "uncertain"
-        not flagged   reach below 0.25: "uncertain"     above: "clean"
+    - "backdoored" when a flagged class has a reach below 0.25;
+    - "clean" when no class has, and no flagged class has one of 0.5 or less;
+    - "uncertain" otherwise, and when a perturbation was found for less than half of the classes searched.
 
-    It is "uncertain", too, when a perturbation was found for less than half of the classes searched.
     RATES
     Arguments as for `purify`.
 
@@ -318,13 +318,17 @@ def suspect(
 
 def _verdict(ranking: pd.DataFrame) -> tuple[int, float, str]:
     """The class to look at, its reach and the verdict, by the table in `suspect`."""
-    reach, flagged = ranking.reach.to_numpy(), ranking.flagged.to_numpy()
-    searched = ~np.isnan(reach)
-    if not searched.any():
+    reach = ranking.reach.to_numpy()
+    if np.isnan(reach).all():
         return int(ranking.z.argmax()), float("nan"), "uncertain"
-    flagged = flagged & searched
-    label = int(np.nanargmin(np.where(flagged, reach, np.nan) if flagged.any() else reach))
-    share = float(reach[label])
-    if share < NEAR:
-        return label, share, "backdoored" if flagged[label] else "uncertain"
-    return label, share, "clean" if share > FAR or not flagged[label] else "uncertain"
+    nearest = flagged = int(np.nanargmin(reach))
+    if (marked := ranking.flagged.to_numpy() & ~np.isnan(reach)).any():
+        flagged = int(np.nanargmin(np.where(marked, reach, np.nan)))
+    label, verdict = nearest, "clean"
+    if marked[flagged] and reach[flagged] < NEAR:
+        label, verdict = flagged, "backdoored"
+    elif reach[nearest] < NEAR:
+        verdict = "uncertain"
+    elif marked[flagged] and reach[flagged] <= FAR:
+        label, verdict = flagged, "uncertain"
+    return label, float(reach[label]), verdict
