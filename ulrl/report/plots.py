@@ -80,8 +80,8 @@ def neuron_ranking(
     ax.margins(y=0.12)
     ax.set_ylabel("robust z of the weight change")
     ax.set_title("Change of each class's row of the head in unlearning" + (", highest 40" if len(neurons) > 40 else ""))
-    turned = {"rotation": 50, "ha": "right", "rotation_mode": "anchor"} if len(order) > 12 or class_names else {}
-    ax.set_xticks(range(len(order)), named, **turned)
+    turn, end = (50, "right") if len(order) > 12 or class_names else (0, "center")
+    ax.set_xticks(range(len(order)), named, rotation=turn, ha=end, rotation_mode="anchor")
     ax.spines[["top", "right"]].set_visible(False)
     _save(figure, path, format)
 

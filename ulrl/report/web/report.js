@@ -153,6 +153,7 @@ function board() {
   const same = per[state.per].filter((key) => !keys.includes(key) && all.length && all[0][key] != null).map((key) => `${KEYS[key].toLowerCase()} ${all[0][key]}`);
   byId("board-note").replaceChildren(
     same.length ? `All: ${same.join(", ")}. ` : "",
+    state.per === "defense" && new Set(shown().map((row) => row.dataset)).size > 1 ? "Averaged over all data sets; choose one above to see it alone. " : "",
     all.some((line) => line.oracle) ? "Oracle lines are what the test set would have chosen; no defense could know, so they compete for nothing. " : "",
     all.length ? "" : "No run passes these filters. ",
     visible.length < all.length ? h("button", { type: "button", class: "button", onclick: () => { state.all = true; board(); } }, `Show all ${all.length} lines`) : "");
@@ -215,7 +216,7 @@ function scatter() {
   drawn = drawn.then(() => draw(element, {
     data: { values: points }, height: Math.min(430, Math.max(280, element.clientWidth * 0.6)),
     description: `Scatter plot of ${points.length} runs: clean accuracy against attack success rate.`,
-    mark: { type: "point", filled: true, size: 75, opacity: 0.8, cursor: "pointer" },
+    mark: { type: "point", filled: true, size: 75, opacity: 0.9, cursor: "pointer" },
     encoding: {
       x: { field: "asr", type: "quantitative", axis: axis("ASR, lower is better"), scale: { domain: [-0.015, 1.015], nice: false } },
       y: { field: "acc", type: "quantitative", axis: { ...axis("ACC, higher is better"), ...ticks }, scale: { type: "pow", exponent: low < 0.7 ? 3 : 1, domain: [low, high], nice: false } },
