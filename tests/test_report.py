@@ -117,6 +117,10 @@ def test_leaderboard_shows_means_sorts_and_filters(browser: Browser, page: Path)
     assert list(lines(browser)) == ["ft"]
     assert browser.texts("#count") == ["1 of 7 runs"]
     assert len(browser.all(".run")) == 1
+    browser.choose("dataset", HOSTILE)
+    assert "No run passes" in browser.texts("#board-note")[0]
+    assert [e.get_attribute("id") for e in browser.all("section") if e.is_displayed()] == ["leaderboard"]
+    browser.choose("dataset", "")
     assert browser.complaints() == []
 
 

@@ -17,12 +17,13 @@ from fabricated import result, write, write_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manners import refused
+from rich.console import Console
 
 from ulrl.cli import main
 from ulrl.defenses.base import DEFENSES
 from ulrl.options import Schema
 from ulrl.report.page import repeat_command
-from ulrl.report.results import best_of, find_runs, frame_of, frame_of_runs, select, summarise
+from ulrl.report.results import best_of, find_runs, frame_of, frame_of_runs, in_order, select, summarise
 from ulrl.report.tables import summary_cells, summary_latex, summary_markdown, summary_table
 from ulrl.runs.common import options_of
 from ulrl.runs.defending import DefenseRun
@@ -109,9 +110,24 @@ def test_formats(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = pd.read_csv(io.StringIO(say(capsys, *where, "--format", "csv"))).set_index("defense")
     assert table.acc_mean["ulrl"] == pytest.approx(0.91)
     assert pd.isna(table.der_mean["no defense"])
-    printed = say(capsys, *where)
-    assert "91.00 ±" in printed, "80 columns break the cells"
-    assert "ulrl" in printed
+    assert "91.00 ±1.00" in say(capsys, *where), "a file breaks no lines"
+
+
+def test_eighty_columns_lose_no_column_and_break_no_number(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = in_order(summarise(frame_of_runs(find_runs(study)[0]), "attack,defense,ratio"))
+    Console(width=80).print(summary_table(summary, "title"))
+    printed = capsys.readouterr().out
+    assert {"attack", "defense", "ratio", "ASR", "DER", "n", "prototype", "91.00", "±1.00", "90.00"} <= set(
+        printed.split()
+    )
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_each_data_set_has_its_own_table(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(study / "other", "badnet", {"ulrl": {}, "ft": {"method": "ft"}}, dataset="mnist")
+    printed = say(capsys, "results", str(study))
+    assert (printed.count("8 runs below"), printed.count("3 runs below")) == (1, 1)
+    assert say(capsys, "results", str(study), "--by", "defense").count("runs below") == 1
 
 
 def test_partly_known_figures_say_how_often() -> None:

@@ -194,11 +194,14 @@ def test_a_sweep_killed_half_way_goes_on(shared_home: Path, engine: LocalEngine)
     assert all(noted(shared_home)[f"begin {job.name}"] == 1 for job in done)
 
 
-def test_two_sweeps_at_once_share_the_jobs(shared_home: Path) -> None:
-    both = [sweep_jobs.start(2, 4, 0.3) for _ in range(2)]
-    assert [process.wait(300) for process in both] == [0, 0]
+def test_two_sweeps_at_once_share_the_jobs(shared_home: Path, engine: LocalEngine) -> None:
+    jobs = study(2, 4, 0.3)
+    other = sweep_jobs.start(2, 4, 0.3)
+    wait_for(lambda: noted(shared_home))
+    assert set(run_jobs(jobs, engine).values()) == {State.DONE}
+    assert other.wait(300) == 0
     assert set(noted(shared_home).values()) == {1}, "each is begun once and ended once"
-    assert ends(shared_home) == {job.name: 1 for job in study(2, 4, 0.3)}
+    assert ends(shared_home) == {job.name: 1 for job in jobs}
 
 
 def test_status_tells_who_runs_what_and_the_time_left(shared_home: Path) -> None:
@@ -309,7 +312,8 @@ def cluster(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tupl
 
     monkeypatch.setenv("LEDGER", str(shared_home / "ledger"))
     small = {"object_store_memory": 100_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": soon, **small})
     nodes = [
         cluster.add_node(num_cpus=1, env_vars={"ULRL_HOME": str(shared_home.parent / f"node{i}")}, **small)
         for i in range(2)
@@ -357,6 +361,7 @@ def test_a_node_lost_half_way_and_records_sent_by_value(
     assert (shared_home / "record" / "apart" / "defense" / "d" / "result.json").exists()
     assert (shared_home.parent / "node1" / "record" / "apart" / "result.json").exists(), "where it was made"
     assert "status 1" in reason(apart[2])
+    assert len(list(shared_home.glob("record/.sweep/*.seen"))) == 1, "one for all sweeps, also those that are killed"
 
 
 def test_a_task_that_does_not_see_the_storage_says_so(empty_home: Path, tmp_path: Path) -> None:

@@ -251,7 +251,10 @@ def _results(root: Path, argv: Sequence[str]) -> None:
         case "latex":
             print(summary_latex(summary), end="")
         case _:
-            _print(summary_table(summary, f"{len(frame)} runs below {root}"))
+            # What was measured on other data or in another net is not to be compared, and widens the table.
+            apart = [key for key in ("dataset", "model") if key in summary]
+            for _, part in summary.groupby(apart, sort=False) if apart else [((), summary)]:
+                _print(summary_table(part, f"{part.n[~part.oracle].sum()} runs below {root}"))
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,8 @@ def _method_table() -> Table:
 
 
 def _print(table: Table) -> None:
-    Console(file=sys.stdout).print(table)
+    width = None if sys.stdout.isatty() else 160  # a file breaks no lines
+    Console(file=sys.stdout, width=width).print(table)
 
 
 def _exit_with(command: Callable[[], None]) -> None:

@@ -144,9 +144,9 @@ def _curves(run: Run) -> list[dict[str, Any]] | None:
     kept = sorted({*range(0, len(table), -(-len(table) // EPOCHS_SHOWN)), len(table) - 1})
     columns = [c for c in CURVES if c in table and table[c].dtype.kind == "f"]
     return [
-        {"at": i + 1, "stage": str(table.stage.iloc[i]), "epoch": int(table.epoch.iloc[i]),
-         **{c: _short(table[c].iloc[i]) for c in columns if abs(table[c].iloc[i]) < float("inf")}}
-        for i in kept
+        {"at": i + 1, "stage": str(row["stage"]), "epoch": row["epoch"],
+         **{c: _short(row[c]) for c in columns if abs(row[c]) < float("inf")}}
+        for i, row in zip(kept, table.iloc[kept].to_dict("records"), strict=True)
     ]  # fmt: skip
 
 

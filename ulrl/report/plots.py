@@ -71,7 +71,7 @@ def neuron_ranking(
     figure = Figure(figsize=(max(6.0, 0.32 * len(order) + 2), 3.8), layout="constrained")
     ax = figure.subplots()
     flagged = neurons.flagged[order]
-    ax.bar(named, signed[order], color=[ORANGE if mark else BLUE for mark in flagged])
+    ax.bar(range(len(order)), signed[order], color=[ORANGE if mark else BLUE for mark in flagged])
     for x, (z, mark) in enumerate(zip(signed[order], flagged, strict=True)):
         if mark:
             ax.annotate("flagged", (x, z), ha="center", va="bottom", fontsize=8, color=ORANGE)
@@ -80,7 +80,9 @@ def neuron_ranking(
     ax.margins(y=0.12)
     ax.set_ylabel("robust z of the weight change")
     ax.set_title("Change of each class's row of the head in unlearning" + (", highest 40" if len(neurons) > 40 else ""))
-    ax.tick_params(axis="x", rotation=60 if len(order) > 12 or class_names else 0)
+    turn, end = (50, "right") if len(order) > 12 or class_names else (0, "center")
+    ax.set_xticks(range(len(order)), named, rotation=turn, ha=end, rotation_mode="anchor")
+    ax.spines[["top", "right"]].set_visible(False)
     _save(figure, path, format)
 
 
@@ -135,7 +137,8 @@ def asr_against_acc(path: Path, runs: pd.DataFrame, format: str) -> None:
     ax.set_xlim(-3, 103)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False, columnspacing=1, handletextpad=0.2)
     _save(figure, path, format)
 
 
@@ -154,7 +157,8 @@ def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str) -> None:
         if not np.isnan(value):
             colour = "black" if value > 50 else "white"
             ax.text(j + 0.5, i + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
-    ax.set_xticks(np.arange(len(table.columns)) + 0.5, map(_plain, table.columns), rotation=40, ha="right", fontsize=8)
+    ticks = np.arange(len(table.columns)) + 0.5
+    ax.set_xticks(ticks, map(_plain, table.columns), rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     ax.set_yticks(np.arange(len(table)) + 0.5, map(_plain, table.index), fontsize=8)
     ax.tick_params(length=0)
     ax.invert_yaxis()

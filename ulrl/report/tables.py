@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -62,15 +63,20 @@ def summary_table(summary: pd.DataFrame, title: str) -> Table:
     about = ", ".join(_key_text(summary[k].iloc[0]) for k in shared)
     cells, bold = (part.drop(columns=shared) for part in summary_cells(summary))
     caption = "mean ± sample standard deviation" + (f"\n{escape(printable(about))}" if about else "")
-    table = Table(title=escape(printable(title)), title_style="bold", caption=caption)
+    table = Table(
+        title=escape(printable(title)), title_style="bold", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in map(str, cells):
-        figure = column in HEADS.values()
-        width = min(6, cells[column].str.len().max())  # of a key: on a narrow terminal the figures break first
-        table.add_column(
-            column, justify="right" if figure else "left", min_width=None if figure else width, overflow="fold"
-        )
+        if column in HEADS.values():  # on a narrow terminal these break, before the deviation
+            table.add_column(column, justify="right")
+        else:
+            table.add_column(column, overflow="fold", no_wrap=cells[column].str.len().max() < 15)
+    before = cells.iloc[0, 0] if len(cells) else ""
     for row, marks in zip(cells.itertuples(index=False), bold.itertuples(index=False), strict=True):
-        texts = [escape(printable(text)) for text in row]
+        if cells.columns[0] != "defense" and row[0] != before:
+            table.add_section()
+        before = row[0]
+        texts = [escape(printable(text)).replace("± ", "±") for text in row]
         table.add_row(*(f"[bold]{text}[/bold]" if mark else text for text, mark in zip(texts, marks, strict=True)))
     return table
 

@@ -49,8 +49,8 @@ class RayEngine:
         self._ray = ray
         self._cpus, self._per_gpu = cpus_per_job, jobs_per_gpu
         self._by_value = by_value
-        self._token = sweep_folder() / f"{uuid.uuid4().hex}.seen"
-        self._token.touch()
+        self._token = next(sweep_folder().glob("*.seen"), sweep_folder() / f"{uuid.uuid4().hex}.seen")
+        self._token.touch()  # it stays, for other sweeps too
         self._task = ray.remote(_work)
         self._tasks: dict[Any, Job] = {}
         self._claims: dict[str, contextlib.ExitStack] = {}
@@ -112,7 +112,6 @@ class RayEngine:
     def close(self) -> None:
         for ours in self._claims.values():
             ours.close()
-        self._token.unlink(missing_ok=True)
         self._ray.shutdown()  # and the tasks with it
 
     def _parcel(self, record: str) -> Any:

@@ -153,6 +153,7 @@ function board() {
   const same = per[state.per].filter((key) => !keys.includes(key) && all.length && all[0][key] != null).map((key) => `${KEYS[key].toLowerCase()} ${all[0][key]}`);
   byId("board-note").replaceChildren(
     same.length ? `All: ${same.join(", ")}. ` : "",
+    state.per === "defense" && new Set(shown().map((row) => row.dataset)).size > 1 ? "Averaged over all data sets; choose one above to see it alone. " : "",
     all.some((line) => line.oracle) ? "Oracle lines are what the test set would have chosen; no defense could know, so they compete for nothing. " : "",
     all.length ? "" : "No run passes these filters. ",
     visible.length < all.length ? h("button", { type: "button", class: "button", onclick: () => { state.all = true; board(); } }, `Show all ${all.length} lines`) : "");
@@ -182,7 +183,7 @@ function toggle(row, button, line, width) {
 const CONFIG = {
   background: "transparent", font: "system-ui, sans-serif", view: { stroke: null },
   axis: { labelColor: "currentColor", titleColor: "currentColor", domainColor: "currentColor", tickColor: "currentColor",
-    gridColor: "currentColor", gridOpacity: 0.12, domainOpacity: 0.4, tickOpacity: 0.4, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500 },
+    gridColor: "currentColor", gridOpacity: 0.12, domainOpacity: 0.4, tickOpacity: 0.4, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500, titlePadding: 10 },
   legend: { labelColor: "currentColor", titleColor: "currentColor", labelFontSize: 12, labelLimit: 220, symbolSize: 90 },
 };
 function draw(element, spec) {
@@ -199,6 +200,8 @@ function scatter() {
     .map((row) => ({ id: row.id, defense: row.defense, acc: row.acc, asr: row.asr, run: row.name, attack: text(row.attack),
       about: `${label(row)}: ACC ${number(row.acc)} %, ASR ${number(row.asr)} %, RA ${number(row.ra)} %`, RA: row.ra }));
   const element = byId("scatter");
+  byId("scatter-section").hidden = !points.length;
+  if (!points.length) return;
   const present = new Set(points.map((point) => point.defense));
   const kept = [...defenses.keys()].filter((i) => present.has(defenses[i]));
   const baseline = present.has(NO_DEFENSE);
@@ -208,14 +211,14 @@ function scatter() {
   const axis = (title) => ({ title, format: ".0%", tickCount: 6 });
   // One ruined model must not press all others together at the top: then the axis is stretched there, and says so.
   const accuracies = points.map((point) => point.acc);
-  const [low, high] = accuracies.length ? [Math.max(0, Math.min(...accuracies) - 0.02), Math.min(1, Math.max(...accuracies) + 0.015)] : [0, 1];
+  const [low, high] = [Math.max(0, Math.min(...accuracies) - 0.02), Math.min(1, Math.max(...accuracies) + 0.015)];
   const ticks = low < 0.7 ? { values: [0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1].filter((tick) => tick >= low && tick <= high) } : {};
   drawn = drawn.then(() => draw(element, {
     data: { values: points }, height: Math.min(430, Math.max(280, element.clientWidth * 0.6)),
     description: `Scatter plot of ${points.length} runs: clean accuracy against attack success rate.`,
-    mark: { type: "point", filled: true, size: 75, opacity: 0.8, cursor: "pointer" },
+    mark: { type: "point", filled: true, size: 75, opacity: 0.9, cursor: "pointer" },
     encoding: {
-      x: { field: "asr", type: "quantitative", axis: axis("ASR, lower is better"), scale: { domain: [0, 1] } },
+      x: { field: "asr", type: "quantitative", axis: axis("ASR, lower is better"), scale: { domain: [-0.015, 1.015], nice: false } },
       y: { field: "acc", type: "quantitative", axis: { ...axis("ACC, higher is better"), ...ticks }, scale: { type: "pow", exponent: low < 0.7 ? 3 : 1, domain: [low, high], nice: false } },
       color: { field: "defense", scale: scale(palette, "#8a8f98"), legend },
       shape: { field: "defense", scale: scale(shapes, "cross"), legend },
@@ -252,6 +255,7 @@ function reachable(element) {
 // Heat map
 function heat() {
   const runs = shown().filter((row) => !row.oracle);
+  byId("heat-section").hidden = byId("runs").hidden = !runs.length;
   const cells = group(runs, (row) => JSON.stringify([row.attack, row.defense]));
   const columns = distinct(runs.map((row) => row.defense)).sort((a, b) => (b === NO_DEFENSE) - (a === NO_DEFENSE) || order(a, b));
   const metric = state.metric, colour = (share) => colours[Math.round(share * (colours.length - 1))], title = FIGURES[metric].replace(" %", "");
@@ -320,8 +324,10 @@ function card(title, content) {
   return content && h("div", { class: "card" }, h("h3", {}, title), content);
 }
 function facts(mapping) {
-  const entries = Object.entries(mapping || {}).filter(([, value]) => value !== null && value !== "");
-  const write = (value) => (typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(5))) : typeof value === "string" ? value : JSON.stringify(value));
+  const inner = (key, value) => (value && typeof value === "object" && !Array.isArray(value) ? Object.entries(value).flatMap(([k, v]) => inner(`${key}: ${k}`, v)) : [[key, value]]);
+  const entries = Object.entries(mapping || {}).flatMap(([key, value]) => inner(key, value)).filter(([, value]) => value !== null && value !== "");
+  const write = (value) => (typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(5))) : typeof value === "string" ? value
+    : Array.isArray(value) ? value.map(write).join(", ") || "none" : JSON.stringify(value));
   return entries.length ? h("table", { class: "facts" }, h("tbody", {}, ...entries.map(([key, value]) => h("tr", {}, h("th", { scope: "row" }, key), h("td", {}, write(value)))))) : null;
 }
 function figures(row, detail) {
@@ -331,7 +337,7 @@ function figures(row, detail) {
     h("tbody", {}, ...stages.map(([name, value]) => h("tr", {},
       h("th", { scope: "row" }, name === "oracle" ? h("span", { class: "badge", title: "chosen by looking at the test set" }, "oracle") : name),
       ...["acc", "asr", "ra"].map((key) => h("td", { class: "number" }, number(value[key])))))));
-  const more = facts({ "DER %": row.der == null ? null : number(row.der), "flagged classes": row.kind === "attack" ? null : row.flagged || "none",
+  const more = facts({ "DER %": row.der == null ? null : number(row.der), "flagged classes": row.kind === "attack" ? null : row.flagged.split(" ").join(", ") || "none",
     "clean samples": row.clean_samples, "data set": row.dataset, model: row.model, attack: row.attack, seed: row.seed });
   return h("div", {}, table, more);
 }
@@ -384,13 +390,13 @@ function drawCurves(element, curves) {
     ...[-5, -17].slice(0, starts.length).map((y, odd) => ({ data: { values: starts.filter((_, i) => i % 2 === odd) }, // short stages would write over each other
       mark: { type: "text", align: "left", dx: 2, y, color: "currentColor", fontSize: 11 }, encoding: { x, text: { field: "stage" } } }))] };
   const line = (values, title, format, colour) => ({ height: 130, width: Math.max(180, element.clientWidth - 70), layer: [
-    { data: { values }, mark: { type: "line", point: { size: 22 }, ...(colour ? {} : { color: COLOURS[2] }) },
+    { data: { values }, mark: { type: "line", point: { size: 22 } },
       encoding: { x, y: { field: "value", type: "quantitative", title, axis: { tickCount: 4, ...format } },
-        ...(colour ? { color: colour, strokeDash: { ...colour, scale: { domain: Object.values(SERIES), range: [[1, 0], [1, 0], [6, 3], [2, 2]] } } } : {}),
+        ...(colour ? { color: colour, strokeDash: { ...colour, scale: { domain: Object.values(SERIES), range: [[1, 0], [1, 0], [6, 3], [2, 2]] } } } : { color: { value: COLOURS[2] } }),
         tooltip: [{ field: "epoch" }, { field: "value", format: ".4~g", title }] } }, stages] });
   const colour = { field: "series", scale: { domain: Object.values(SERIES), range: [COLOURS[5], COLOURS[0], COLOURS[1], COLOURS[2]] }, legend: { orient: "bottom", title: null, columns: 2, values: distinct(shares.map((s) => s.series)) } };
   const parts = [shares.length && line(shares, "share", { format: ".0%" }, colour), losses.length && line(losses, "loss", {}, null)].filter(Boolean);
-  draw(element, { autosize: "pad", width: undefined, description: "Course of the training by epoch.", vconcat: parts, spacing: 26 });
+  draw(element, { autosize: "pad", width: undefined, description: "Course of the training by epoch.", vconcat: parts, spacing: 26, resolve: { legend: { color: "independent", strokeDash: "independent" } } });
 }
 
 function update() {
