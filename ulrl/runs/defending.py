@@ -36,6 +36,7 @@ from ulrl.runs.common import (
     write_index,
     write_json,
 )
+from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,8 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
         before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
-        repair = defense.run(model, given, monitor)
+        with global_stream(run.random_seed, "repair", device):  # dropout draws from torch's own generators
+            repair = defense.run(model, given, monitor)
         after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
         if not repair.flagged and (policy := repair.evidence.get("on_empty")):
             log.warning("%s found no suspicious class%s", defense.name, ON_EMPTY[policy])
