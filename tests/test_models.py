@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -263,7 +264,7 @@ def works_or_says_why(method: str, name: str, **options: Any) -> None:
 @pytest.mark.parametrize("method", ["ulrl", "rnp", "ft"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_defense_on_every_architecture(name: str, method: str) -> None:
-    works_or_says_why(method, name, **({"client_optimizer": "adamw"} if "vit" in name else {}))
+    works_or_says_why(method, name, **({"client_optimizer": "adamw"} if "vit" in name and method != "rnp" else {}))
 
 
 @pytest.mark.parametrize("method", sorted(set(DEFENSES) - {"ulrl", "rnp", "ft"}))
@@ -273,9 +274,10 @@ def test_every_other_defense_works_or_says_why(name: str, method: str) -> None:
     works_or_says_why(method, name, **few)
 
 
-def test_relearning_with_adamw_is_another_training() -> None:
-    a, b = (repaired("ulrl", "vit_tiny", client_optimizer=o, unlearning_lr=1e-3).model for o in ("sgd", "adamw"))
-    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+def test_adamw_is_for_relearning_and_leaves_the_ranking_to_sgd() -> None:
+    a, b = (repaired("ulrl", "vit_tiny", client_optimizer=o) for o in ("sgd", "adamw"))
+    pd.testing.assert_frame_equal(a.tables["neurons"], b.tables["neurons"])
+    assert any(not torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
 
 
 # Options of an architecture

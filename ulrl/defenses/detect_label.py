@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,6 +23,8 @@ class DetectLabel(Unlearning):
     A class is flagged whether or not there is a backdoor; `detected_share` says how many agree on it, and
     without a backdoor they agree as well.
     """
+
+    ignored: ClassVar[tuple[str, ...]] = ("client_optimizer",)  # the releases' files name unlearning's, sgd
 
     clip: float = option(0.0, "bound on the gradient norm in unlearning; 0: none", source="RNP release", low=0)
 

@@ -33,7 +33,7 @@ class RNP(MaskPruning, Unlearning):
     four decimals. The release's clipping has no effect (it comes before the gradient), so there is none.
     """
 
-    ignored: ClassVar[tuple[str, ...]] = ("epochs", "lr")  # BackdoorBench's file for RNP has them, for nothing
+    ignored: ClassVar[tuple[str, ...]] = ("epochs", "lr", "client_optimizer")  # BackdoorBench's file has them in vain
 
     clip: float = option(0.0, "bound on the gradient norm in unlearning; 0: none", source=_RELEASE, low=0)
     alpha: float = option(0.2, "weight of the loss in recovering", source=_RELEASE, low=0)

@@ -14,7 +14,7 @@ from ulrl.defenses.selection import Selecting, sweep
 from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.options import option
-from ulrl.training import Monitor, fit, make_optimizer, make_scheduler
+from ulrl.training import OPTIMIZERS, Monitor, fit, make_optimizer, make_scheduler
 
 _RELEASE = "TSBD release"
 NEURON_RATIOS = (0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -50,6 +50,7 @@ class TSBD(Selecting, Unlearning):
     weight_ratio: float = option(0.7, "share of their weights that becomes 0", source=_RELEASE, low=0, high=1)
     epochs: int = option(20, "fine-tuning epochs (the release's loop makes one more)", source=_RELEASE, low=1)
     lr: float = option(0.01, "learning rate of fine-tuning", source=_RELEASE, low=0)
+    client_optimizer: str = option("sgd", "optimiser of fine-tuning", source=_RELEASE, choices=OPTIMIZERS)
     radius: float = option(0.05, "how far the worst weights are", source=_RELEASE, low=0)
     alpha: float = option(0.7, "share of the gradient there", source=_RELEASE, low=0, high=1)
 

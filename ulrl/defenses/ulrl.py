@@ -16,7 +16,7 @@ from ulrl.defenses.unlearning import Unlearned, Unlearning, robust_z
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import Monitor, cross_entropy, fit, make_optimizer, make_scheduler
+from ulrl.training import OPTIMIZERS, Monitor, cross_entropy, fit, make_optimizer, make_scheduler
 
 _RELEASE = "ULRL release"
 
@@ -49,6 +49,7 @@ class ULRL(Unlearning):
     init: bool = option(True, "draw the suspicious rows anew before relearning", source=_RELEASE)
     relearn_epochs: int = option(20, "relearning epochs", source=_RELEASE, low=1)
     relearn_lr: float = option(0.005, "learning rate of relearning", source=_RELEASE, low=0)
+    client_optimizer: str = option("sgd", "optimiser of relearning", source=_RELEASE, choices=OPTIMIZERS)
     relearn_alpha: float = option(0.7, "weight of the cosine penalty", source=_RELEASE, low=0)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:

@@ -13,7 +13,7 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense
 from ulrl.options import option
-from ulrl.training import OPTIMIZERS, SCHEDULERS, Monitor, fit, make_optimizer, make_scheduler, predict
+from ulrl.training import SCHEDULERS, Monitor, fit, make_optimizer, make_scheduler, predict
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,6 @@ class Unlearning(Defense):
     clean_threshold: float = option(
         0.2, "unlearn until accuracy on the clean samples is at most this", source=_RELEASES, low=0, high=1
     )
-    client_optimizer: str = option(
-        "sgd", "optimiser of the stages that train weights", source=_RELEASES, choices=OPTIMIZERS
-    )
     sgd_momentum: float = option(0.9, "momentum of every stage, with sgd", source=_RELEASES, low=0, high=1)
     wd: float = option(5e-4, "weight decay in unlearning (there is none later)", source=_RELEASES, low=0)
 
@@ -70,6 +67,9 @@ class Unlearning(Defense):
 
         Works on a copy: `model` is left as it was. The accuracy is that of the running epoch, in train
         mode, as in the releases of ULRL and RNP; or, `in_eval`, the finished epoch's in eval mode, as in TSBD's.
+
+        Always with sgd, as in the releases: its changes are in proportion to the gradients, which is what a ranking
+        of the weights that moved most reads. AdamW gives every weight about the same step, and no class stands out.
 
         Source: ULRL (arXiv 2405.14781, section 3.1) and RNP (arXiv 2305.14876, equation 1).
         """
@@ -83,7 +83,7 @@ class Unlearning(Defense):
                 measured = (predict(copied, clean, self.amp) == clean.labels).double().mean().item()
             return measured <= self.clean_threshold
 
-        optimizer = make_optimizer(copied, self.client_optimizer, self.unlearning_lr, self.sgd_momentum, self.wd)
+        optimizer = make_optimizer(copied, "sgd", self.unlearning_lr, self.sgd_momentum, self.wd)
         epochs = self.unlearning_epochs
         reached = fit(
             copied, self.batches(clean, "unlearn"), epochs, optimizer,

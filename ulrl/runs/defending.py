@@ -122,7 +122,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
         before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
-        with global_stream(defense.random_seed, "defense", device):  # dropout draws from it
+        with global_stream(run.random_seed, "repair", device):  # dropout draws from torch's own generators
             repair = defense.run(model, given, monitor)
         after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
         if not repair.flagged and (policy := repair.evidence.get("on_empty")):
