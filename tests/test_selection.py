@@ -59,8 +59,8 @@ def _order(images: ImageSet) -> tuple[nn.Module, list[int]]:
     return net, images.labels.bincount(minlength=10).argsort(descending=True).tolist()
 
 
-@pytest.mark.parametrize("finish", [False, True])
-def test_sweep_judges_each_once_and_leaves_the_model_at_the_chosen(digits: ImageSet, finish: bool) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_sweep_judges_each_once_and_leaves_the_model_at_the_chosen(digits: ImageSet, apart: bool) -> None:
     net, classes = _order(digits)
     edits: list[int] = []
 
@@ -74,22 +74,24 @@ def test_sweep_judges_each_once_and_leaves_the_model_at_the_chosen(digits: Image
         net[1].bias[classes[0]] = 0.0
     shares = [(digits.labels == c).double().mean().item() for c in classes]
     tolerance = shares[0] - shares[2]
-    done: list[nn.Module] = []
-    swept = sweep(
-        net, [0.0, 0.1, 0.2, 0.9], edit, digits, tolerance, Monitor(), amp=False, finish=done.append if finish else None
-    )
+    prepared: list[nn.Module] = []
+    finished: list[nn.Module] = []
+    both = {"prepare": prepared.append, "finish": finished.append} if apart else {}
+    swept = sweep(net, [0.0, 0.1, 0.2, 0.9], edit, digits, tolerance, Monitor(), amp=False, **both)
     expected = within(shares[:4], tolerance)
-    tried = min(expected + 2, 4) if finish else 4
-    assert swept.curve.accuracy.tolist() == pytest.approx(shares[:tried])
+    assert len(prepared) == (4 if apart else 0)
+    assert not finished
+    assert swept.curve.accuracy.tolist() == pytest.approx(shares[:4])
     assert swept.chosen == expected
     assert swept.strength == [0.0, 0.1, 0.2, 0.9][expected]
-    assert edits == [*range(1, tried), *range(1, expected + 1)]
+    assert edits == [*range(1, 4), *range(1, expected + 1)]
     assert (predict(net, digits) == classes[expected]).all()
     assert [(s, predict(m, digits)[0].item()) for s, m in swept.candidates()] == list(
         zip([0.0, 0.1, 0.2, 0.9], classes[:4], strict=True)
     )
     assert (predict(net, digits) == classes[expected]).all(), "walking the candidates leaves the result alone"
-    assert net not in done, "the caller finishes the model itself"
+    assert len(finished) == len(prepared)
+    assert net not in prepared + finished, "the caller finishes the model itself"
 
 
 def test_masks_train_alone_and_leave_no_trace(digits: ImageSet) -> None:

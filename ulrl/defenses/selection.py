@@ -79,43 +79,43 @@ def sweep(
     *,
     amp: bool,
     fixed: float | None = None,
+    prepare: Callable[[nn.Module], None] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
 ) -> Sweep:
     """Edit `model` step by step, judge each strength once on `validation`, and leave it at the chosen one.
 
     strengths: rising; the first edits nothing. edit: given a model at strengths[i - 1] and i, takes
     it to strengths[i] in place. The chosen strength is that of `within`, or `fixed`, which is one of them.
-    finish: what follows the edit (fine-tuning), where a strength cannot be judged without it; done to a
-    copy, as it is dear, and no further than the first strength that costs too much. It is left to the
-    caller to do it to `model`.
+    prepare: what an edited model needs to be judged, where it needs something; done to a copy. finish: what
+    follows the choice (fine-tuning), done to a copy of each of the candidates; the caller does it to `model`.
     """
     original = copy.deepcopy(model)
 
-    def walk(walking: nn.Module) -> Iterator[nn.Module]:
+    def walk(walking: nn.Module, then: Callable[[nn.Module], None] | None) -> Iterator[nn.Module]:
         for i in range(len(strengths)):
             if i:
                 edit(walking, i)
-            finished = copy.deepcopy(walking) if finish else walking
-            if finish:
-                finish(finished)
-            yield finished
+            candidate = walking if then is None else copy.deepcopy(walking)
+            if then is not None:
+                then(candidate)
+            yield candidate
 
     hits: list[torch.Tensor] = []
     with monitor.stage("select", len(strengths)) as progress:
-        for candidate in walk(model):
+        for candidate in walk(model, prepare):
             hits.append((predict(candidate, validation, amp) == validation.labels).double().mean())
             progress.step()
-            if finish and fixed is None and within(torch.stack(hits).tolist(), tolerance) < len(hits) - 1:
-                break
         accuracies = torch.stack(hits).tolist()
         chosen = within(accuracies, tolerance) if fixed is None else list(strengths).index(fixed)
         _copy_weights(original, model)
         for i in range(1, chosen + 1):
             edit(model, i)
 
-    curve = pd.DataFrame({"accuracy": accuracies}, index=pd.Index(strengths[: len(hits)], name="strength"))
+    curve = pd.DataFrame({"accuracy": accuracies}, index=pd.Index(strengths, name="strength"))
     curve["chosen"] = [i == chosen for i in range(len(hits))]
-    return Sweep(chosen, strengths[chosen], curve, lambda: zip(strengths, walk(copy.deepcopy(original)), strict=True))
+    return Sweep(
+        chosen, strengths[chosen], curve, lambda: zip(strengths, walk(copy.deepcopy(original), finish), strict=True)
+    )
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
+from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.selection import Selecting, sweep
@@ -31,8 +33,9 @@ class TSBD(Selecting, Unlearning):
     3. Fine-tune on the mean of the gradient here and that at the worst weights within `radius`, the latter
        weighted `alpha`: cross-entropy + `alpha` * `radius` * the norm of its gradient.
 
-    n is the greatest ratio, of those that the release goes through, at which validation accuracy holds
-    after the fine-tuning (before it, little is left at any), or `neuron_ratio`; the release chooses none.
+    n is the greatest ratio, of those that the release goes through, at which validation accuracy holds right
+    after the zeroing, or `neuron_ratio`; the release chooses none. For that alone BatchNorm's statistics are taken
+    anew, without which little accuracy is left at any n and which the fine-tuning takes anew anyway.
     As in the paper, the norm is that of the whole gradient, where the release takes one per tensor.
     Shortcut convolutions are ranked too.
     """
@@ -77,6 +80,7 @@ class TSBD(Selecting, Unlearning):
 
         swept = sweep(
             model, ratios, edit, validation, self.acc_ratio, monitor, amp=self.amp, fixed=self.neuron_ratio,
+            prepare=lambda edited: update_bn(Batches(train, self.batch_size), edited),
             finish=lambda candidate: self._finetune(candidate, train, Monitor()),
         )  # fmt: skip
         self._finetune(model, train, monitor)
