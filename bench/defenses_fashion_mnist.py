@@ -2,8 +2,9 @@
 
 python bench/defenses_fashion_mnist.py [defense ...]
 
-Narrow net, 1% clean data (600 images), each defense with its own defaults. A run that has its result is kept,
-so a stopped one goes on where it was; several may work side by side, each with defenses of its own.
+Narrow net, 1% clean data (600 images), each defense with its paper's values; `ulrl:ours` and `rnp:ours` with those
+of config/defense/<name>/fashion_mnist.yaml, as their scripts use them. A run that has its result is kept, so a
+stopped one goes on where it was; several may work side by side, each with defenses of its own.
 """
 
 from __future__ import annotations
@@ -18,20 +19,30 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ulrl.defenses.base import DEFENSES  # noqa: E402
+from ulrl.defenses.base import DEFENSES, Defense  # noqa: E402
 from ulrl.errors import UserError  # noqa: E402
 from ulrl.files import home  # noqa: E402
+from ulrl.options import Schema  # noqa: E402
 from ulrl.record import load_record  # noqa: E402
+from ulrl.runs.common import defense_layers  # noqa: E402
 from ulrl.runs.defending import DefenseRun, run_once  # noqa: E402
 
 RECORDS = ("badnet", "blended", "sig", "lf", "wanet", "inputaware", "trojannn", "ssba")
-FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
+FAMILY = ("ulrl", "ulrl:ours", "rnp", "rnp:ours", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
 BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "abl")
 RATIO = 0.01
 
 
 def folder(defense: str, seed: int) -> str:
-    return f"{defense}_{RATIO:g}_seed{seed}"
+    return f"{defense.replace(':', '_')}_{RATIO:g}_seed{seed}"
+
+
+def options(defense: str, seed: int) -> Defense:
+    name, _, ours = defense.partition(":")
+    cls = DEFENSES[name]
+    schema = Schema(DefenseRun, cls)
+    layers = defense_layers(schema, name, "fashion_mnist", "preactresnet18") if ours else []
+    return schema.merge(*layers, ("", {"random_seed": seed}))[0].build(cls)
 
 
 def main() -> None:
@@ -42,7 +53,7 @@ def main() -> None:
                 record = load_record(home() / "record" / f"bench_{attack}")
                 run = DefenseRun(ratio=RATIO, random_seed=seed, save_folder_name=folder(defense, seed))
                 try:
-                    after = run_once(DEFENSES[defense](random_seed=seed), record, run)["after"]
+                    after = run_once(options(defense, seed), record, run)["after"]
                     print(defense, attack, seed, {k: round(after[k], 4) for k in ("acc", "asr", "ra")}, flush=True)
                 except UserError as error:
                     print(defense, attack, seed, error, flush=True)
@@ -52,11 +63,11 @@ def main() -> None:
             for seed in range(3):
                 file = home() / "record" / f"bench_{attack}" / "defense" / folder(defense, seed) / "result.json"
                 if file.is_file():
-                    rows.append(row(attack, json.loads(file.read_text())))
+                    rows.append(row(attack, defense, json.loads(file.read_text())))
     pd.DataFrame(rows).to_csv(ROOT / "bench" / "results" / "defenses_fashion_mnist.csv", index=False)
 
 
-def row(attack: str, result: dict[str, dict[str, float]]) -> dict[str, object]:
+def row(attack: str, defense: str, result: dict[str, dict[str, float]]) -> dict[str, object]:
     figures = {
         f"{when}_{key}": round(100 * result[when][key], 2)
         for when in ("before", "after")
@@ -64,7 +75,7 @@ def row(attack: str, result: dict[str, dict[str, float]]) -> dict[str, object]:
     }
     return {
         "attack": attack,
-        "defense": result["method"],
+        "defense": defense,
         "seed": result["seed"],
         **figures,
         "der": round(100 * float(result["der"]), 2),  # type: ignore[arg-type]

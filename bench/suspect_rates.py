@@ -54,12 +54,15 @@ def main() -> None:
         name = f"suspect_{attack}_{seed}"
         folder = home() / "record" / name
         if not (folder / "result.json").exists():
-            options = {} if target is None else {"attack_target": target}
-            options |= {"clean_model": CLEAN} if attack == "trojannn" else {}
             run_attack(
-                ATTACKS[attack](random_seed=seed, **options),
+                ATTACKS[attack](random_seed=seed, **({} if target is None else {"attack_target": target})),
                 AttackRun(
-                    dataset="fashion_mnist", width=8, train_samples=20_000, save_folder_name=name, random_seed=seed
+                    dataset="fashion_mnist",
+                    width=8,
+                    train_samples=20_000,
+                    random_seed=seed,
+                    save_folder_name=name,
+                    clean_model=CLEAN if attack == "trojannn" else None,
                 ),
                 TrainOptions(epochs=5, lr=0.05, random_seed=seed),
                 bar=False,
