@@ -12,7 +12,7 @@ from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.masks import clamp, masked, norm_layers, silence
 from ulrl.defenses.selection import split, sweep, within
-from ulrl.defenses.tsbd import _floor
+from ulrl.defenses.tsbd import TSBD, _floor
 from ulrl.defenses.unlearning import most_predicted
 from ulrl.errors import UserError
 from ulrl.models import build_model
@@ -140,3 +140,12 @@ def test_most_predicted(digits: ImageSet) -> None:
     with torch.no_grad():
         net[1].bias[3] = 1.0
     assert most_predicted(net, digits, amp=False) == (3, 1.0)
+
+
+def test_unlearning_ends_where_nothing_is_left_to_forget(digits: ImageSet) -> None:
+    net = build_model("preactresnet18", 10, 1, 4, seed=0)
+    unlearned = TSBD(clean_threshold=0.0, unlearning_lr=0.1, unlearning_epochs=60).unlearn(
+        net, digits, Monitor(), in_eval=True
+    )
+    assert unlearned.reached
+    assert 0 < unlearned.accuracy <= digits.labels.bincount().max().item() / len(digits)
