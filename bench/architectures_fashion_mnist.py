@@ -25,7 +25,7 @@ from ulrl.files import home  # noqa: E402
 TARGET = 7
 ATTACK = f"--dataset fashion_mnist --train_samples 20000 --attack_target {TARGET}"
 TRAINING = {
-    "vgg19_bn": "--width 16 --lr 0.05 --batch_size 64 --epochs 8",
+    "vgg19_bn": "--width 16 --lr 0.01 --batch_size 64 --epochs 12",
     "vit_tiny": "--width 48 --batch_size 64 --epochs 10 --amp false",
 }
 SEEDS = {"ulrl": 3, "ft": 1, "rnp": 1}
