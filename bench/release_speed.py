@@ -1,0 +1,134 @@
+"""Whole runs against the released ULRL and BackdoorBench:  python bench/release_speed.py --release DIR
+
+DIR is a checkout of the authors' code, which is run as it is, from a temporary folder. There a data set in
+CIFAR-10's files (50,000 training images, but few test images; noise over a colour per class) and one BadNets
+record (PreAct-ResNet18 of standard width, trained for a moment) are made, and both sides are run on it in
+turn with the same flags: on the CPU, 500 clean samples, batches of 128, loading in the process itself. A rate
+of 1e-6 keeps unlearning above its threshold, so that neither side stops early. Seconds are those of the whole
+process; `epochs` are the training epochs alone, as each side itself reports them, so without any evaluation.
+--backdoorbench DIR adds its FT and RNP. bench/results/release_speed.txt holds a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from ulrl.training import has_bf16
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Made-up batches have other checksums than the publisher's. The releases are of a time when torch.load
+# unpickled everything and numpy had `infty`. A script finds what lies beside it and in its checkout.
+LAUNCHER = """
+import functools, pathlib, runpy, sys
+sys.path[0] = {root!r}
+from ulrl.tv import torchvision
+import numpy, torch
+numpy.infty = numpy.inf
+torchvision.datasets.cifar.check_integrity = lambda *_: True
+torch.load = functools.partial(torch.load, weights_only=False)
+script = pathlib.Path(sys.argv.pop(1))
+sys.argv[0] = str(script)
+sys.path[:1] = [str(script.parent), str(script.parent.parent)]
+runpy.run_path(str(script), run_name="__main__")
+"""
+TRAINING = ("unlearn", "relearn", "recover", "finetune")  # our stages that train
+UNLEARN = "--unlearning_lr 1e-6 --clean_threshold 0 --unlearning_epochs {epochs}"
+FLAGS = {
+    "ulrl": f"{UNLEARN} --relearn_epochs {{epochs}}",
+    "ft": "--epochs {epochs}",
+    "rnp": f"{UNLEARN} --recovering_epochs {{epochs}} --pruning_step 0.3",
+}
+
+
+class Spent(NamedTuple):
+    """Seconds of a process, by the clock and of CPU, and those of its training epochs by the clock."""
+
+    wall: float
+    cpu: float
+    epochs: float
+
+
+def write_cifar10(base: Path, n_test: int) -> None:
+    """CIFAR-10's "python version", each class with a colour of its own, so that a short training learns it."""
+    rng = np.random.default_rng(0)
+    base.mkdir(parents=True)
+    colours = rng.integers(0, 156, (10, 3, 1))
+    for name, n in (*((f"data_batch_{i}", 10_000) for i in range(1, 6)), ("test_batch", n_test)):
+        labels = rng.integers(0, 10, n)
+        pixels = (colours[labels] + rng.integers(0, 100, (n, 3, 1024))).astype(np.uint8)
+        batch = {"labels": labels.tolist(), "data": pixels.reshape(n, 3072)}
+        (base / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}, protocol=2))
+
+
+def run(scratch: Path, script: Path, *flags: str) -> Spent:
+    """Run a script of any of the checkouts in `scratch`, where data/ and record/ lie."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(scratch / "launch.py"), str(script), *flags, "--dataset", "cifar10", "--device", "cpu"],
+        cwd=scratch, env={**os.environ, "ULRL_HOME": str(scratch)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"{script} failed:\n{done.stdout[-3000:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # Their log comes twice: once more through a handler of logging's own, without brackets.
+    epochs = re.findall(r"\] one epoch training part done, use time = ([\d.]+)", done.stdout)
+    return Spent(wall, cpu, sum(map(float, epochs)))
+
+
+def compare(scratch: Path, peer: str, checkout: Path, method: str, epochs: int) -> None:
+    flags = f"--result_file badnet --ratio 0.01 --batch_size 128 {FLAGS[method].format(epochs=epochs)}".split()
+    ours = run(scratch, ROOT / "defense" / f"{method}.py", *flags)
+    result = json.loads((scratch / "record" / "badnet" / "defense" / method / "result.json").read_text())
+    ours = ours._replace(epochs=sum(result["seconds"].get(stage, 0.0) for stage in TRAINING))
+    config = checkout / "config" / "defense" / method / "config.yaml"
+    script = checkout / "defense" / f"{method}.py"
+    theirs = run(scratch, script, *flags, "--yaml_path", str(config), "--num_workers", "0")
+    print(f"{method} ({peer})")
+    names = "end to end", "end to end, of CPU", "training epochs alone"
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        print(f"  {name:22}  ulrl {a:6.1f} s   theirs {b:6.1f} s   ratio {b / a:5.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", type=Path, required=True, help="checkout of the released ULRL")
+    parser.add_argument("--backdoorbench", type=Path, help="checkout of BackdoorBench")
+    parser.add_argument("--epochs", type=int, default=1, help="of each stage; ULRL's own is 20")
+    parser.add_argument("--test_images", type=int, default=1000, help="CIFAR-10's own are 10,000")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        (scratch / "launch.py").write_text(LAUNCHER.format(root=str(ROOT)))
+        write_cifar10(scratch / "data" / "cifar10" / "cifar-10-batches-py", args.test_images)
+        learning = "--train_samples 512 --epochs 2 --lr 0.05 --save_folder_name badnet".split()
+        run(scratch, ROOT / "attack" / "badnet.py", *learning)
+        cpu = torch.device("cpu")
+        print(f"cpu, {torch.get_num_threads()} threads, bf16 {has_bf16(cpu)}, torch {torch.__version__}, ", end="")
+        print(f"{args.epochs} epochs of each stage, {args.test_images} test images", flush=True)
+        compare(scratch, "the release", args.release.resolve(), "ulrl", args.epochs)
+        for method in ("ft", "rnp") if args.backdoorbench else ():
+            compare(scratch, "BackdoorBench", args.backdoorbench.resolve(), method, args.epochs)
+
+
+if __name__ == "__main__":
+    main()
