@@ -3,7 +3,7 @@
 python bench/architectures_fashion_mnist.py
 
 Trains a narrow VGG19-BN and a narrow ViT with BadNets on 20,000 images of Fashion-MNIST, into
-$ULRL_HOME/record/bench_<model>, and repairs each with 1% clean data (600 images). What has its result is kept, so
+$ULRL_HOME/record/bench_<model>, and repairs each with 1% clean data (600 images), ULRL with 5% too. What has its result is kept, so
 a stopped run goes on where it was; to do one again after a change of options, remove its folder.
 """
 
@@ -28,12 +28,14 @@ TRAINING = {
     "vgg19_bn": "--width 16 --lr 0.01 --batch_size 64 --epochs 12",
     "vit_tiny": "--width 48 --batch_size 64 --epochs 10 --amp false",
 }
-SEEDS = {"ulrl": 3, "ft": 1, "rnp": 1}
+SEEDS = {("ulrl", 0.01): 3, ("ulrl", 0.05): 3, ("ft", 0.01): 1, ("rnp", 0.01): 1}
 # ULRL's are in config/defense/ulrl/<model>.yaml; FT gets the same optimiser and rate for the ViT.
 OPTIONS = {
-    ("vit_tiny", "ulrl"): "--amp false",
-    ("vit_tiny", "ft"): "--amp false --client_optimizer adamw --lr 0.001",
-    ("vit_tiny", "rnp"): "--amp false",
+    ("vgg19_bn", "ulrl", 0.05): "--relearn_lr 0.04",
+    ("vit_tiny", "ulrl", 0.01): "--amp false",
+    ("vit_tiny", "ulrl", 0.05): "--amp false",
+    ("vit_tiny", "ft", 0.01): "--amp false --client_optimizer adamw --lr 0.001",
+    ("vit_tiny", "rnp", 0.01): "--amp false",
 }
 
 
@@ -52,6 +54,7 @@ def row(result: dict[str, Any]) -> dict[str, object]:
     return {
         "model": result["model"],
         "defense": result["method"],
+        "ratio": result["options"]["ratio"],
         "seed": result["seed"],
         **figures,
         "der": round(100 * result["der"], 2),
@@ -66,14 +69,16 @@ def main() -> None:
         if not (home() / "record" / f"bench_{model}" / "result.json").exists():
             run("attack/badnet.py", f"{ATTACK} --model {model} {training} --save_folder_name bench_{model}")
     rows = []
-    for defense, seeds in SEEDS.items():
+    for (defense, ratio), seeds in SEEDS.items():
         for model in TRAINING:
             for seed in range(seeds):
-                name = f"{defense}_seed{seed}"
+                name = f"{defense}_{ratio:g}_seed{seed}"
                 file = home() / "record" / f"bench_{model}" / "defense" / name / "result.json"
                 if not file.exists():
-                    chosen = f"--result_file bench_{model} --random_seed {seed} --save_folder_name {name}"
-                    run(f"defense/{defense}.py", f"{chosen} {OPTIONS.get((model, defense), '')}")
+                    chosen = (
+                        f"--result_file bench_{model} --ratio {ratio} --random_seed {seed} --save_folder_name {name}"
+                    )
+                    run(f"defense/{defense}.py", f"{chosen} {OPTIONS.get((model, defense, ratio), '')}")
                 rows.append(row(json.loads(file.read_text())))
                 table = pd.DataFrame(rows).sort_values("model", kind="stable")
                 table.to_csv(ROOT / "bench" / "results" / "architectures_fashion_mnist.csv", index=False)

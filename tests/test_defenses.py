@@ -275,7 +275,6 @@ def test_comparison_runs_each_defense_with_each_seed_once(
     backdoored: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ULRL_HOME", str(backdoored.folder.parent.parent))
-    monkeypatch.setenv("COLUMNS", "120")  # wide enough for any seconds
     command = ["compare", "badnet", "--defenses", "ft,fst", "--seeds", "2", "--device", "cpu"]
     tables = []
     for _ in range(2):
@@ -287,8 +286,9 @@ def test_comparison_runs_each_defense_with_each_seed_once(
     runs = {p.parent.name: json.loads(p.read_text()) for p in backdoored.folder.glob("defense/*_seed?/result.json")}
     assert set(runs) == {f"{name}_0.1_seed{seed}" for name in ("ft", "fst") for seed in (0, 1)}
     asr = [100 * runs[f"ft_0.1_seed{seed}"]["after"]["asr"] for seed in (0, 1)]
-    assert f"{sum(asr) / 2:.2f} ± {abs(asr[0] - asr[1]) / 2**0.5:.2f}" in tables[0]
-    assert "│ 2 │" in tables[0]
+    row = next(line for line in tables[0].splitlines() if line.split()[:1] == ["ft"])
+    assert f"{sum(asr) / 2:.2f} ±{abs(asr[0] - asr[1]) / 2**0.5:.2f}" in row
+    assert row.split()[-1] == "2"
 
 
 def test_ulrl_ranking_file_names_the_target(repaired: Repaired) -> None:
