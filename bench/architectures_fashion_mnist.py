@@ -3,8 +3,8 @@
 python bench/architectures_fashion_mnist.py
 
 Trains a narrow VGG19-BN and a narrow ViT with BadNets on 20,000 images of Fashion-MNIST, into
-$ULRL_HOME/record/bench_<model>, and repairs each with 1% clean data (600 images), ULRL with 5% too. What has its result is kept, so
-a stopped run goes on where it was; to do one again after a change of options, remove its folder.
+$ULRL_HOME/record/bench_<model>, and repairs each with 1% clean data (600 images), by ULRL with 5% too. What has its
+result is kept, so a stopped run goes on where it was; to do one again after a change of options, remove its folder.
 """
 
 from __future__ import annotations
