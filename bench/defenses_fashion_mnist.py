@@ -2,8 +2,8 @@
 
 python bench/defenses_fashion_mnist.py [defense ...]
 
-Narrow net, 1% clean data (600 images), each defense with its paper's values, and `rnp:ours` with those of
-config/defense/rnp/fashion_mnist.yaml, as its script uses them. A run that has its result is kept, so a
+Narrow net, 1% clean data (600 images), each defense with its paper's values; `rnp:ours` and `abl:ours` with those
+of config/defense/*/fashion_mnist.yaml, as their scripts use them. A run that has its result is kept, so a
 stopped one goes on where it was; several may work side by side, each with defenses of its own.
 """
 
@@ -28,8 +28,8 @@ from ulrl.runs.common import defense_layers  # noqa: E402
 from ulrl.runs.defending import DefenseRun, run_once  # noqa: E402
 
 RECORDS = ("badnet", "blended", "sig", "lf", "wanet", "inputaware", "trojannn", "ssba")
-FAMILY = ("ulrl", "rnp", "rnp:ours", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
-BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "abl")
+FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
+BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "rnp:ours", "abl:ours")
 RATIO = 0.01
 
 

@@ -1,12 +1,13 @@
-"""Whole runs against the released ULRL and BackdoorBench:  python bench/release_speed.py --release DIR
+"""Whole runs against the releases:  python bench/release_speed.py --ulrl DIR --backdoorbench DIR --fst DIR
 
-DIR is a checkout of the authors' code, which is run as it is, from a temporary folder. There a data set in
+Each is a checkout of theirs, whose code is run as it is, from a temporary folder. There a data set in
 CIFAR-10's files (50,000 training images, but few test images; noise over a colour per class) and one BadNets
 record (PreAct-ResNet18 of standard width, trained for a moment) are made, and both sides are run on it in
-turn with the same flags: on the CPU, 500 clean samples, batches of 128, loading in the process itself. A rate
-of 1e-6 keeps unlearning above its threshold, so that neither side stops early. Seconds are those of the whole
-process; `epochs` are the training epochs alone, as each side itself reports them, so without any evaluation.
---backdoorbench DIR adds its FT and RNP. bench/results/release_speed.txt holds a run.
+turn with the same flags: on the CPU, 500 clean samples (TSBD 100), batches of 128, loading in the process
+itself. A rate of 1e-6 keeps unlearning above its threshold, so that neither side stops early. Seconds are
+those of the whole process; `epochs` are the training epochs alone, as each side itself reports them, so
+without any evaluation. BackdoorBench's defenses are those that run without CUDA, and what has no checkout is
+left out. bench/results/release_speed.txt holds some runs.
 """
 
 from __future__ import annotations
@@ -49,12 +50,50 @@ sys.path[:1] = [str(script.parent), str(script.parent.parent)]
 runpy.run_path(str(script), run_name="__main__")
 """
 TRAINING = ("unlearn", "relearn", "recover", "finetune")  # our stages that train
+
+
+class Method(NamedTuple):
+    """A defense on both sides: whose checkout has it, flags of ours, flags of theirs, its script there."""
+
+    checkout: str
+    ours: str
+    theirs: str | None = None  # ours, unless given
+    script: str = "defense/{method}.py"
+    folder: str = ""  # where it expects to be run
+    common: str = (
+        "--result_file badnet --batch_size 128 --num_workers 0 "
+        "--yaml_path {checkout}/config/defense/{method}/config.yaml"
+    )
+
+
 UNLEARN = "--unlearning_lr 1e-6 --clean_threshold 0 --unlearning_epochs {epochs}"
-FLAGS = {
-    "ulrl": f"{UNLEARN} --relearn_epochs {{epochs}}",
-    "ft": "--epochs {epochs}",
-    "rnp": f"{UNLEARN} --recovering_epochs {{epochs}} --pruning_step 0.3",
+METHODS = {  # 500 samples in batches of 128 are four steps
+    "ulrl": Method("ulrl", f"--ratio 0.01 {UNLEARN} --relearn_epochs {{epochs}}"),
+    # It fine-tunes once for each of eleven n, hence few samples; its loop makes one epoch more than it is told.
+    "tsbd": Method(
+        "backdoorbench",
+        "--ratio 0.002 --unlearning_lr 1e-6 --unlearning_epochs {epochs} --epochs {epochs}",
+        "--ratio 0.002 --lr_un 1e-6 --epochs {epochs} --ft_epoch {before_last} --model_type bd --data_type clean_val",
+    ),
+    "fst": Method(
+        "fst",
+        "--ratio 0.01 --epochs {epochs} --lr 0.01",
+        "--ft_mode fst --attack badnet --pratio 0.1 --model preactresnet18 --split_ratio 0.01 --lr 0.01 "
+        "--epochs {epochs}",
+        "fine_tune/ft.py",
+        "fine_tune",
+        "",
+    ),
+    "ft": Method("backdoorbench", "--ratio 0.01 --epochs {epochs}"),
+    "rnp": Method("backdoorbench", f"--ratio 0.01 {UNLEARN} --recovering_epochs {{epochs}} --pruning_step 0.3"),
+    "ft-sam": Method("backdoorbench", "--ratio 0.01 --epochs {epochs}"),
+    "nad": Method("backdoorbench", "--ratio 0.01 --epochs {epochs} --te_epochs {epochs}"),
+    "sau": Method("backdoorbench", "--ratio 0.01 --n_rounds {epochs}"),
+    "anp": Method("backdoorbench", "--ratio 0.01 --nb_iter {steps} --print_every {steps} --pruning_step 0.3"),
+    "fp": Method("backdoorbench", "--ratio 0.01 --epochs {epochs} --once_prune_ratio 0.1"),
+    "clp": Method("backdoorbench", ""),
 }
+FST_RECORD = "record/cifar10/badnet/pratio_0.1-target_0-archi_preactresnet18"  # where its script looks
 
 
 class Spent(NamedTuple):
@@ -78,12 +117,12 @@ def write_cifar10(base: Path, n_test: int) -> None:
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}, protocol=2))
 
 
-def run(scratch: Path, script: Path, *flags: str) -> Spent:
-    """Run a script of any of the checkouts in `scratch`, where data/ and record/ lie."""
+def run(scratch: Path, script: Path, *flags: str, folder: str = "") -> Spent:
+    """Run a script of any of the checkouts in a folder of `scratch`, where data/ and record/ lie."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(scratch / "launch.py"), str(script), *flags, "--dataset", "cifar10", "--device", "cpu"],
-        cwd=scratch, env={**os.environ, "ULRL_HOME": str(scratch)},
+        cwd=scratch / folder, env={**os.environ, "ULRL_HOME": str(scratch)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -95,27 +134,32 @@ def run(scratch: Path, script: Path, *flags: str) -> Spent:
     return Spent(wall, cpu, sum(map(float, epochs)))
 
 
-def compare(scratch: Path, peer: str, checkout: Path, method: str, epochs: int) -> None:
-    flags = f"--result_file badnet --ratio 0.01 --batch_size 128 {FLAGS[method].format(epochs=epochs)}".split()
-    ours = run(scratch, ROOT / "defense" / f"{method}.py", *flags)
+def compare(scratch: Path, checkout: Path, method: str, epochs: int) -> None:
+    m = METHODS[method]
+    values = {"epochs": epochs, "steps": 4 * epochs, "before_last": epochs - 1, "method": method, "checkout": checkout}
+    common = "--result_file badnet --batch_size 128"
+    ours = run(scratch, ROOT / "defense" / f"{method}.py", *f"{common} {m.ours}".format(**values).split())
     result = json.loads((scratch / "record" / "badnet" / "defense" / method / "result.json").read_text())
     ours = ours._replace(epochs=sum(result["seconds"].get(stage, 0.0) for stage in TRAINING))
-    config = checkout / "config" / "defense" / method / "config.yaml"
-    script = checkout / "defense" / f"{method}.py"
-    theirs = run(scratch, script, *flags, "--yaml_path", str(config), "--num_workers", "0")
-    print(f"{method} ({peer})")
+    flags = f"{m.common} {m.ours if m.theirs is None else m.theirs}".format(**values).split()
+    theirs = run(scratch, checkout / m.script.format(**values), *flags, folder=m.folder)
+    print(method)
     names = "end to end", "end to end, of CPU", "training epochs alone"
     for name, a, b in zip(names, ours, theirs, strict=True):
-        print(f"  {name:22}  ulrl {a:6.1f} s   theirs {b:6.1f} s   ratio {b / a:5.2f}", flush=True)
+        if min(a, b) > 0:  # not all report their epochs
+            print(f"  {name:22}  ulrl {a:6.1f} s   theirs {b:6.1f} s   ratio {b / a:5.2f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release", type=Path, required=True, help="checkout of the released ULRL")
-    parser.add_argument("--backdoorbench", type=Path, help="checkout of BackdoorBench")
+    parser.add_argument("--ulrl", type=Path, help="checkout of the released ULRL")
+    parser.add_argument("--fst", type=Path, help="checkout of the released FST")
+    parser.add_argument("--backdoorbench", type=Path, help="checkout of BackdoorBench with TSBD's two files in it")
     parser.add_argument("--epochs", type=int, default=1, help="of each stage; ULRL's own is 20")
     parser.add_argument("--test_images", type=int, default=1000, help="CIFAR-10's own are 10,000")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     args = parser.parse_args()
+    checkouts = {m: vars(args)[METHODS[m].checkout] for m in args.methods}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "launch.py").write_text(LAUNCHER.format(root=str(ROOT)))
@@ -125,9 +169,12 @@ def main() -> None:
         cpu = torch.device("cpu")
         print(f"cpu, {torch.get_num_threads()} threads, bf16 {has_bf16(cpu)}, torch {torch.__version__}, ", end="")
         print(f"{args.epochs} epochs of each stage, {args.test_images} test images", flush=True)
-        compare(scratch, "the release", args.release.resolve(), "ulrl", args.epochs)
-        for method in ("ft", "rnp") if args.backdoorbench else ():
-            compare(scratch, "BackdoorBench", args.backdoorbench.resolve(), method, args.epochs)
+        (scratch / FST_RECORD).parent.mkdir(parents=True)
+        (scratch / FST_RECORD).symlink_to(scratch / "record" / "badnet")
+        (scratch / "fine_tune").mkdir()
+        for method, checkout in checkouts.items():
+            if checkout:
+                compare(scratch, checkout.resolve(), method, args.epochs)
 
 
 if __name__ == "__main__":
