@@ -2,9 +2,10 @@
 
 python bench/defenses_fashion_mnist.py [defense ...]
 
-Narrow net, 1% clean data (600 images), each defense with its paper's values; `rnp:ours` and `abl:ours` with those
-of config/defense/*/fashion_mnist.yaml, as their scripts use them. A run that has its result is kept, so a
-stopped one goes on where it was; several may work side by side, each with defenses of its own.
+Narrow net, 1% clean data (600 images), each defense with its paper's values; `rnp:ours` with those of
+config/defense/rnp/fashion_mnist.yaml, as its script uses them, and `abl:short` for as long as the models were trained,
+where the paper's 80 epochs take 90 minutes a record. A run that has its result is kept, so a stopped one goes
+on where it was; several may work side by side, each with defenses of its own.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from ulrl.runs.defending import DefenseRun, run_once  # noqa: E402
 
 RECORDS = ("badnet", "blended", "sig", "lf", "wanet", "inputaware", "trojannn", "ssba")
 FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
-BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "rnp:ours", "abl:ours")
+BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "rnp:ours", "abl:short")
 RATIO = 0.01
+SHORT = {"tuning_epochs": 2, "finetuning_epochs": 2, "unlearning_epochs": 5}
 
 
 def folder(defense: str, seed: int) -> str:
@@ -38,10 +40,12 @@ def folder(defense: str, seed: int) -> str:
 
 
 def options(defense: str, seed: int) -> Defense:
-    name, _, ours = defense.partition(":")
+    name, _, variant = defense.partition(":")
     cls = DEFENSES[name]
     schema = Schema(DefenseRun, cls)
-    layers = defense_layers(schema, name, "fashion_mnist", "preactresnet18") if ours else []
+    layers = defense_layers(schema, name, "fashion_mnist", "preactresnet18") if variant == "ours" else []
+    if variant == "short":
+        layers = [("", SHORT)]
     return schema.merge(*layers, ("", {"random_seed": seed}))[0].build(cls)
 
 
