@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+import yaml
 
 from ulrl.training import has_bf16
 
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Made-up batches have other checksums than the publisher's. The releases are of a time when torch.load
 # unpickled everything and numpy had `infty`. A script finds what lies beside it and in its checkout.
 LAUNCHER = """
-import functools, pathlib, runpy, sys
+import functools, os, pathlib, runpy, sys
 sys.path[0] = {root!r}
 from ulrl.tv import torchvision
 import numpy, torch
@@ -46,7 +47,7 @@ torchvision.datasets.cifar.check_integrity = lambda *_: True
 torch.load = functools.partial(torch.load, weights_only=False)
 script = pathlib.Path(sys.argv.pop(1))
 sys.argv[0] = str(script)
-sys.path[:1] = [str(script.parent), str(script.parent.parent)]
+sys.path[:1] = [os.getcwd(), str(script.parent), str(script.parent.parent)]  # some move to the first of them
 runpy.run_path(str(script), run_name="__main__")
 """
 TRAINING = ("unlearn", "relearn", "recover", "finetune")  # our stages that train
@@ -69,11 +70,14 @@ class Method(NamedTuple):
 UNLEARN = "--unlearning_lr 1e-6 --clean_threshold 0 --unlearning_epochs {epochs}"
 METHODS = {  # 500 samples in batches of 128 are four steps
     "ulrl": Method("ulrl", f"--ratio 0.01 {UNLEARN} --relearn_epochs {{epochs}}"),
-    # It fine-tunes once for each of eleven n, hence few samples; its loop makes one epoch more than it is told.
+    # It fine-tunes once for each of eleven n, hence few samples; its loop makes one epoch more than it is told. The
+    # ratio is none of its flags.
     "tsbd": Method(
         "backdoorbench",
         "--ratio 0.002 --unlearning_lr 1e-6 --unlearning_epochs {epochs} --epochs {epochs}",
-        "--ratio 0.002 --lr_un 1e-6 --epochs {epochs} --ft_epoch {before_last} --model_type bd --data_type clean_val",
+        "--result_file badnet --batch_size 128 --num_workers 0 --yaml_path tsbd.yaml --lr_un 1e-6 --epochs {epochs} "
+        "--ft_epoch {before_last}",
+        common="",
     ),
     "fst": Method(
         "fst",
@@ -82,7 +86,7 @@ METHODS = {  # 500 samples in batches of 128 are four steps
         "--epochs {epochs}",
         "fine_tune/ft.py",
         "fine_tune",
-        "",
+        common="",
     ),
     "ft": Method("backdoorbench", "--ratio 0.01 --epochs {epochs}"),
     "rnp": Method("backdoorbench", f"--ratio 0.01 {UNLEARN} --recovering_epochs {{epochs}} --pruning_step 0.3"),
@@ -172,6 +176,9 @@ def main() -> None:
         (scratch / FST_RECORD).parent.mkdir(parents=True)
         (scratch / FST_RECORD).symlink_to(scratch / "record" / "badnet")
         (scratch / "fine_tune").mkdir()
+        if checkouts.get("tsbd"):
+            config = yaml.safe_load((checkouts["tsbd"] / "config" / "defense" / "tsbd" / "config.yaml").read_text())
+            (scratch / "tsbd.yaml").write_text(yaml.safe_dump({**config, "ratio": 0.002}))
         for method, checkout in checkouts.items():
             if checkout:
                 compare(scratch, checkout.resolve(), method, args.epochs)
