@@ -3,7 +3,7 @@
 python bench/defenses_fashion_mnist.py [defense ...]
 
 Narrow net, 1% clean data (600 images), each defense with its paper's values; `rnp:ours` with those of
-config/defense/rnp/fashion_mnist.yaml, as its script uses them, and `abl:short` for two epochs, where the
+config/defense/rnp/fashion_mnist.yaml, as its script uses them, and `abl:short` for eight epochs, where the
 paper's 80 take 90 minutes a record. A run that has its result is kept, so a stopped one goes on where it was;
 several may work side by side, each with defenses of its own.
 """
@@ -32,7 +32,7 @@ RECORDS = ("badnet", "blended", "sig", "lf", "wanet", "inputaware", "trojannn", 
 FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
 BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "rnp:ours", "abl:short")
 RATIO = 0.01
-SHORT = {"tuning_epochs": 1, "finetuning_epochs": 1, "unlearning_epochs": 5}
+SHORT = {"tuning_epochs": 3, "finetuning_epochs": 5, "unlearning_epochs": 5}
 
 
 def folder(defense: str, seed: int) -> str:
