@@ -4,8 +4,8 @@ python bench/defenses_fashion_mnist.py [defense ...]
 
 Narrow net, 1% clean data (600 images), each defense with its paper's values; `rnp:ours` with those of
 config/defense/rnp/fashion_mnist.yaml, as its script uses them, and `abl:short` for eight epochs, where the
-paper's 80 take 90 minutes a record. A run that has its result is kept, so a stopped one goes on where it was;
-several may work side by side, each with defenses of its own.
+paper's 80 would take some 90 minutes a record. A run that has its result is kept, so a stopped one goes on
+where it was; several may work side by side, each with defenses of its own.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def options(defense: str, seed: int) -> Defense:
     name, _, variant = defense.partition(":")
     cls = DEFENSES[name]
     schema = Schema(DefenseRun, cls)
-    layers = defense_layers(schema, name, "fashion_mnist", "preactresnet18") if variant == "ours" else []
-    if variant == "short":
-        layers = [("", SHORT)]
+    ours = defense_layers(schema, name, "fashion_mnist", "preactresnet18")
+    layers = {"": [], "ours": ours, "short": [("", SHORT)]}[variant]
     return schema.merge(*layers, ("", {"random_seed": seed}))[0].build(cls)
 
 

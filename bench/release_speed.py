@@ -84,8 +84,8 @@ METHODS = {  # 500 samples in batches of 128 are four steps
         "--ratio 0.01 --epochs {epochs} --lr 0.01",
         "--ft_mode fst --attack badnet --pratio 0.1 --model preactresnet18 --split_ratio 0.01 --lr 0.01 "
         "--epochs {epochs}",
-        "fine_tune/ft.py",
-        "fine_tune",
+        script="fine_tune/ft.py",
+        folder="fine_tune",
         common="",
     ),
     "ft": Method("backdoorbench", "--ratio 0.01 --epochs {epochs}"),
