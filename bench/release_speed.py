@@ -1,13 +1,13 @@
 """Whole runs against the releases:  python bench/release_speed.py --ulrl DIR --backdoorbench DIR --fst DIR
 
 Each is a checkout of theirs, whose code is run as it is, from a temporary folder. There a data set in
-CIFAR-10's files (50,000 training images, but few test images; noise over a colour per class) and one BadNets
+CIFAR-10's files (but few test images; noise over a colour per class) and one BadNets
 record (PreAct-ResNet18 of standard width, trained for a moment) are made, and both sides are run on it in
 turn with the same flags: on the CPU, 500 clean samples (TSBD 100), batches of 128, loading in the process
 itself. A rate of 1e-6 keeps unlearning above its threshold, so that neither side stops early. Seconds are
 those of the whole process; `epochs` are the training epochs alone, as each side itself reports them, so
-without any evaluation. BackdoorBench's defenses are those that run without CUDA, and what has no checkout is
-left out. bench/results/release_speed.txt holds some runs.
+without any evaluation. ABL trains on the whole training set: it is run when named, with a smaller one. What has no
+checkout is left out. bench/results/release_speed.txt holds some runs.
 """
 
 from __future__ import annotations
@@ -36,15 +36,19 @@ from ulrl.training import has_bf16
 ROOT = Path(__file__).resolve().parent.parent
 
 # Made-up batches have other checksums than the publisher's. The releases are of a time when torch.load
-# unpickled everything and numpy had `infty`. A script finds what lies beside it and in its checkout.
+# unpickled everything, numpy had `infty` and iterators `next`. BNP imports a module for ViT that is not there; I-BAU
+# asks for CUDA by name, for zeros like a batch. A script finds what lies beside it and in its checkout.
 LAUNCHER = """
-import functools, os, pathlib, runpy, sys
+import functools, os, pathlib, runpy, sys, unittest.mock
 sys.path[0] = {root!r}
 from ulrl.tv import torchvision
 import numpy, torch
 numpy.infty = numpy.inf
 torchvision.datasets.cifar.check_integrity = lambda *_: True
 torch.load = functools.partial(torch.load, weights_only=False)
+torch.utils.data.dataloader._BaseDataLoaderIter.next = lambda iterator: next(iterator)
+sys.modules["defense.mbns"] = unittest.mock.MagicMock()
+torch.zeros_like = lambda x, device=None, *, zeros_like=torch.zeros_like, **rest: zeros_like(x, **rest)
 script = pathlib.Path(sys.argv.pop(1))
 sys.argv[0] = str(script)
 sys.path[:1] = [os.getcwd(), str(script.parent), str(script.parent.parent)]  # some move to the first of them
@@ -68,6 +72,7 @@ class Method(NamedTuple):
 
 
 UNLEARN = "--unlearning_lr 1e-6 --clean_threshold 0 --unlearning_epochs {epochs}"
+NPD = "--ratio 0.01 --epochs {epochs}"
 METHODS = {  # 500 samples in batches of 128 are four steps
     "ulrl": Method("ulrl", f"--ratio 0.01 {UNLEARN} --relearn_epochs {{epochs}}"),
     # It fine-tunes once for each of eleven n, hence few samples; its loop makes one epoch more than it is told. The
@@ -96,6 +101,14 @@ METHODS = {  # 500 samples in batches of 128 are four steps
     "anp": Method("backdoorbench", "--ratio 0.01 --nb_iter {steps} --print_every {steps} --pruning_step 0.3"),
     "fp": Method("backdoorbench", "--ratio 0.01 --epochs {epochs} --once_prune_ratio 0.1"),
     "clp": Method("backdoorbench", ""),
+    "nc": Method("backdoorbench", "--ratio 0.01 --nc_epoch {epochs} --epochs {epochs}"),
+    "i-bau": Method("backdoorbench", "--ratio 0.01 --n_rounds {epochs}"),
+    "npd": Method("backdoorbench", NPD, f"{NPD} --warm_epochs 0"),  # ours has no warm-up
+    "bnp": Method("backdoorbench", "--ratio 0.01"),
+    "abl": Method(
+        "backdoorbench",
+        "--tuning_epochs {epochs} --finetuning_epochs {epochs} --unlearning_epochs {epochs} --isolation_ratio 0.1",
+    ),
 }
 FST_RECORD = "record/cifar10/badnet/pratio_0.1-target_0-archi_preactresnet18"  # where its script looks
 
@@ -108,12 +121,12 @@ class Spent(NamedTuple):
     epochs: float
 
 
-def write_cifar10(base: Path, n_test: int) -> None:
+def write_cifar10(base: Path, n_train: int, n_test: int) -> None:
     """CIFAR-10's "python version", each class with a colour of its own, so that a short training learns it."""
     rng = np.random.default_rng(0)
     base.mkdir(parents=True)
     colours = rng.integers(0, 156, (10, 3, 1))
-    for name, n in (*((f"data_batch_{i}", 10_000) for i in range(1, 6)), ("test_batch", n_test)):
+    for name, n in (*((f"data_batch_{i}", n_train // 5) for i in range(1, 6)), ("test_batch", n_test)):
         labels = rng.integers(0, 10, n)
         pixels = (colours[labels] + rng.integers(0, 100, (n, 3, 1024))).astype(np.uint8)
         batch = {"labels": labels.tolist(), "data": pixels.reshape(n, 3072)}
@@ -160,14 +173,15 @@ def main() -> None:
     parser.add_argument("--fst", type=Path, help="checkout of the released FST")
     parser.add_argument("--backdoorbench", type=Path, help="checkout of BackdoorBench with TSBD's two files in it")
     parser.add_argument("--epochs", type=int, default=1, help="of each stage; ULRL's own is 20")
+    parser.add_argument("--train_images", type=int, default=50_000, help="a multiple of 5; fewer for ABL")
     parser.add_argument("--test_images", type=int, default=1000, help="CIFAR-10's own are 10,000")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "abl"])
     args = parser.parse_args()
     checkouts = {m: vars(args)[METHODS[m].checkout] for m in args.methods}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "launch.py").write_text(LAUNCHER.format(root=str(ROOT)))
-        write_cifar10(scratch / "data" / "cifar10" / "cifar-10-batches-py", args.test_images)
+        write_cifar10(scratch / "data" / "cifar10" / "cifar-10-batches-py", args.train_images, args.test_images)
         learning = "--train_samples 512 --epochs 2 --lr 0.05 --save_folder_name badnet".split()
         run(scratch, ROOT / "attack" / "badnet.py", *learning)
         cpu = torch.device("cpu")
