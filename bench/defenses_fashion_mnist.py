@@ -1,8 +1,8 @@
 """Defenses on the Fashion-MNIST records of attacks_fashion_mnist.py; writes bench/results/defenses_fashion_mnist.csv.
 
-python bench/defenses_fashion_mnist.py [defense ...]
+python bench/defenses_fashion_mnist.py [defense ...] [--ratio 0.05]
 
-Narrow net, 1% clean data (600 images), each defense with its paper's values; `rnp:ours` with those of
+Narrow net, 1% clean data (600 images) unless given, each defense with its paper's values; `rnp:ours` with those of
 config/defense/rnp/fashion_mnist.yaml, as its script uses them, and `abl:short` for eight epochs, where the
 paper's 80 would take some 90 minutes a record. A run that has its result is kept, so a stopped one goes on
 where it was; several may work side by side, each with defenses of its own.
@@ -10,6 +10,7 @@ where it was; several may work side by side, each with defenses of its own.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -29,14 +30,14 @@ from ulrl.runs.common import defense_layers  # noqa: E402
 from ulrl.runs.defending import DefenseRun, run_once  # noqa: E402
 
 RECORDS = ("badnet", "blended", "sig", "lf", "wanet", "inputaware", "trojannn", "ssba")
-FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds; the others one
+FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds with 1%; everything else has one
 BASELINES = ("bnp", "clp", "fp", "nad", "i-bau", "nc", "anp", "npd", "sau", "detect_label", "rnp:ours", "abl:short")
-RATIO = 0.01
+RATIOS = (0.01, 0.05)
 SHORT = {"tuning_epochs": 3, "finetuning_epochs": 5, "unlearning_epochs": 5}
 
 
-def folder(defense: str, seed: int) -> str:
-    return f"{defense.replace(':', '_')}_{RATIO:g}_seed{seed}"
+def folder(defense: str, ratio: float, seed: int) -> str:
+    return f"{defense.replace(':', '_')}_{ratio:g}_seed{seed}"
 
 
 def options(defense: str, seed: int) -> Defense:
@@ -49,12 +50,16 @@ def options(defense: str, seed: int) -> Defense:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or [*FAMILY, *BASELINES]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("defenses", nargs="*", metavar="defense", default=[*FAMILY, *BASELINES])
+    parser.add_argument("--ratio", type=float, choices=RATIOS, default=RATIOS[0])
+    args = parser.parse_args()
     for seed in range(3):
-        for defense in chosen:
-            for attack in RECORDS if seed == 0 or defense in FAMILY else ():
+        for defense in args.defenses:
+            for attack in RECORDS if seed == 0 or (defense in FAMILY and args.ratio == RATIOS[0]) else ():
                 record = load_record(home() / "record" / f"bench_{attack}")
-                run = DefenseRun(ratio=RATIO, random_seed=seed, save_folder_name=folder(defense, seed))
+                name = folder(defense, args.ratio, seed)
+                run = DefenseRun(ratio=args.ratio, random_seed=seed, save_folder_name=name)
                 try:
                     after = run_once(options(defense, seed), record, run)["after"]
                     print(defense, attack, seed, {k: round(after[k], 4) for k in ("acc", "asr", "ra")}, flush=True)
@@ -63,14 +68,16 @@ def main() -> None:
     rows = []
     for attack in RECORDS:
         for defense in (*FAMILY, *BASELINES):
-            for seed in range(3):
-                file = home() / "record" / f"bench_{attack}" / "defense" / folder(defense, seed) / "result.json"
-                if file.is_file():
-                    rows.append(row(attack, defense, json.loads(file.read_text())))
+            for ratio in RATIOS:
+                for seed in range(3):
+                    name = folder(defense, ratio, seed)
+                    file = home() / "record" / f"bench_{attack}" / "defense" / name / "result.json"
+                    if file.is_file():
+                        rows.append(row(attack, defense, ratio, json.loads(file.read_text())))
     pd.DataFrame(rows).to_csv(ROOT / "bench" / "results" / "defenses_fashion_mnist.csv", index=False)
 
 
-def row(attack: str, defense: str, result: dict[str, dict[str, float]]) -> dict[str, object]:
+def row(attack: str, defense: str, ratio: float, result: dict[str, dict[str, float]]) -> dict[str, object]:
     figures = {
         f"{when}_{key}": round(100 * result[when][key], 2)
         for when in ("before", "after")
@@ -79,6 +86,7 @@ def row(attack: str, defense: str, result: dict[str, dict[str, float]]) -> dict[
     return {
         "attack": attack,
         "defense": defense,
+        "ratio": ratio,
         "seed": result["seed"],
         **figures,
         "der": round(100 * float(result["der"]), 2),  # type: ignore[arg-type]
