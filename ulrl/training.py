@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Monitor:
     def stage(self, name: str, steps: int) -> Iterator[Stage]:
         """A named part of the run, of `steps` optimisation steps at most."""
         start, judged = time.perf_counter(), self.seconds.get("judge", 0.0)
-        with tqdm(total=steps, desc=name, disable=not self._bar, dynamic_ncols=True) as bar:
+        interval = 0.1 if sys.stderr.isatty() else 60  # a file keeps every state of the bar
+        with tqdm(total=steps, desc=name, disable=not self._bar, dynamic_ncols=True, mininterval=interval) as bar:
             yield Stage(self, name, bar)
         spent = time.perf_counter() - start - (self.seconds.get("judge", 0.0) - judged)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
@@ -98,7 +100,7 @@ class Stage:
 
     def epoch(self, model: nn.Module, epoch: int, **figures: float) -> None:
         """Epoch `epoch` (from 1) is done, with its figures."""
-        self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
+        self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
         self._monitor._epoch(self._name, epoch, model, figures)
 
 
