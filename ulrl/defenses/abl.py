@@ -33,8 +33,9 @@ class ABL(Defense):
 
     The architecture is that of the model it is given, the weights are drawn anew. The paper writes the ascent
     of stage 1 per sample, which (measured) holds the poisoned ones back as well; as in the release, the
-    sign is that of a batch. Fine-tuning is the release's addition. The end of stage 4 is ours: the loss that
-    it drives up has no bound.
+    sign is that of a batch. Fine-tuning is the release's addition; its rates (the release begins at 0.1) and the
+    augmentation in stage 4 (the release has none) are those that BackdoorBench runs with, whatever its YAML
+    says. The end of stage 4 is ours: the loss that it drives up has no bound.
     """
 
     ignored: ClassVar[tuple[str, ...]] = (
@@ -46,9 +47,9 @@ class ABL(Defense):
     batch_size: int = option(64, "images per step", source="paper", low=2)
     tuning_epochs: int = option(20, "epochs of stage 1", source="paper", low=1)
     finetuning_epochs: int = option(60, "epochs of stage 3", source="ABL release", low=1)
-    unlearning_epochs: int = option(20, "epochs of stage 4 at most", source="ABL release", low=1)
+    unlearning_epochs: int = option(20, "epochs of stage 4 at most", source="BackdoorBench", low=1)
     lr: float = option(0.1, "learning rate of stage 1", source="paper", low=0)
-    lr_finetuning_init: float = option(0.01, "learning rate of stage 3 at first", source="ABL release", low=0)
+    lr_finetuning_init: float = option(0.01, "learning rate of stage 3 at first", source="BackdoorBench", low=0)
     lr_unlearning_init: float = option(5e-4, "learning rate of stage 4", source="ABL release", low=0)
     momentum: float = option(0.9, "momentum (Nesterov)", source="paper", low=0, high=1)
     weight_decay: float = option(1e-4, "weight decay", source="paper", low=0)
