@@ -1,13 +1,12 @@
 """Whole runs against the releases:  python bench/release_speed.py --ulrl DIR --backdoorbench DIR --fst DIR
 
 Each is a checkout of theirs, whose code is run as it is, from a temporary folder. There a data set in
-CIFAR-10's files (but few test images; noise over a colour per class) and one BadNets
-record (PreAct-ResNet18 of standard width, trained for a moment) are made, and both sides are run on it in
-turn with the same flags: on the CPU, 500 clean samples (TSBD 100), batches of 128, loading in the process
-itself. A rate of 1e-6 keeps unlearning above its threshold, so that neither side stops early. Seconds are
-those of the whole process; `epochs` are the training epochs alone, as each side itself reports them, so
-without any evaluation. ABL trains on the whole training set: it is run when named, with a smaller one. What has no
-checkout is left out. bench/results/release_speed.txt holds some runs.
+CIFAR-10's files (50,000 training images, but few test images; noise over a colour per class) and one BadNets
+record (PreAct-ResNet18 of standard width, trained for a moment on 512 of them) are made, and both sides are run
+on it in turn with the same flags: on the CPU, 500 clean samples (TSBD 100; ABL the 512), batches of 128, loading
+in the process itself. A rate of 1e-6 keeps unlearning above its threshold, so that neither side stops early.
+Seconds are those of the whole process; `epochs` are the training epochs alone, as each side itself reports them,
+so without any evaluation. What has no checkout is left out. bench/results/release_speed.txt holds some runs.
 """
 
 from __future__ import annotations
@@ -121,12 +120,12 @@ class Spent(NamedTuple):
     epochs: float
 
 
-def write_cifar10(base: Path, n_train: int, n_test: int) -> None:
+def write_cifar10(base: Path, n_test: int) -> None:
     """CIFAR-10's "python version", each class with a colour of its own, so that a short training learns it."""
     rng = np.random.default_rng(0)
     base.mkdir(parents=True)
     colours = rng.integers(0, 156, (10, 3, 1))
-    for name, n in (*((f"data_batch_{i}", n_train // 5) for i in range(1, 6)), ("test_batch", n_test)):
+    for name, n in (*((f"data_batch_{i}", 10_000) for i in range(1, 6)), ("test_batch", n_test)):
         labels = rng.integers(0, 10, n)
         pixels = (colours[labels] + rng.integers(0, 100, (n, 3, 1024))).astype(np.uint8)
         batch = {"labels": labels.tolist(), "data": pixels.reshape(n, 3072)}
@@ -173,15 +172,14 @@ def main() -> None:
     parser.add_argument("--fst", type=Path, help="checkout of the released FST")
     parser.add_argument("--backdoorbench", type=Path, help="checkout of BackdoorBench with TSBD's two files in it")
     parser.add_argument("--epochs", type=int, default=1, help="of each stage; ULRL's own is 20")
-    parser.add_argument("--train_images", type=int, default=50_000, help="a multiple of 5; fewer for ABL")
     parser.add_argument("--test_images", type=int, default=1000, help="CIFAR-10's own are 10,000")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "abl"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     args = parser.parse_args()
     checkouts = {m: vars(args)[METHODS[m].checkout] for m in args.methods}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "launch.py").write_text(LAUNCHER.format(root=str(ROOT)))
-        write_cifar10(scratch / "data" / "cifar10" / "cifar-10-batches-py", args.train_images, args.test_images)
+        write_cifar10(scratch / "data" / "cifar10" / "cifar-10-batches-py", args.test_images)
         learning = "--train_samples 512 --epochs 2 --lr 0.05 --save_folder_name badnet".split()
         run(scratch, ROOT / "attack" / "badnet.py", *learning)
         cpu = torch.device("cpu")
