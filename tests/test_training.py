@@ -13,7 +13,7 @@ from ulrl.errors import UserError
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import build_model, load_model
 from ulrl.seeds import generator, stream_seed
-from ulrl.training import Monitor, TrainOptions, cross_entropy, fit, judge, make_scheduler, predict
+from ulrl.training import Monitor, TrainOptions, cross_entropy, fit, has_bf16, judge, make_scheduler, predict
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,19 @@ def test_fit_learns_the_digits(options: TrainOptions, digits: tuple[ImageSet, Im
     losses = [row["loss"] for row in monitor.history]
     assert len(losses) == options.epochs
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_amp_decides_in_which_numbers_the_net_computes(amp: bool, digits: tuple[ImageSet, ImageSet]) -> None:
+    seen: list[torch.dtype] = []
+
+    def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(model(x).dtype)
+        return cross_entropy(model, x, y)
+
+    some = digits[0].subset(torch.arange(64))
+    train(some, TrainOptions(epochs=1, batch_size=64, amp=amp), Monitor(), objective=objective)
+    assert seen == [torch.bfloat16 if amp and has_bf16(torch.device("cpu")) else torch.float32]
 
 
 def test_fit_can_ascend_and_stop(digits: tuple[ImageSet, ImageSet]) -> None:
