@@ -15,13 +15,14 @@ from ulrl.data.datasets import dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.files import find_input
-from ulrl.options import Schema, read_yaml
+from ulrl.options import Schema
 from ulrl.registry import nearest
 from ulrl.runs.attacking import AttackRun
 from ulrl.runs.common import attack_layers, defense_layers, options_of
 from ulrl.runs.defending import DefenseRun
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
 from ulrl.training import TrainOptions
+from ulrl.untrusted.texts import read_yaml
 
 OTHER_NAMES = {"target": "attack_target", "seeds": "random_seed"}
 OURS = ("save_folder_name", "overwrite", "result_file")  # options that a sweep decides
