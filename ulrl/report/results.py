@@ -16,8 +16,8 @@ import pandas as pd
 from ulrl.data.datasets import SPECS
 from ulrl.errors import UserError
 from ulrl.files import whole_file
-from ulrl.record import real_path
 from ulrl.registry import nearest
+from ulrl.untrusted.opening import real_path
 
 log = logging.getLogger(__name__)
 

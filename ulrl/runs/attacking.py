@@ -24,7 +24,7 @@ from ulrl.files import home, save_torch, whole_file, whole_folder
 from ulrl.metrics import Judgement, perceptibility
 from ulrl.models import build_model, load_model
 from ulrl.options import option
-from ulrl.record import write_record
+from ulrl.record_writer import write_record
 from ulrl.report import plots
 from ulrl.runs.common import (
     Course,

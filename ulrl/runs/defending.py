@@ -21,7 +21,8 @@ from ulrl.files import find_input, whole_folder
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import load_model
 from ulrl.options import option
-from ulrl.record import Record, write_defense_result
+from ulrl.record import Record
+from ulrl.record_writer import write_defense_result
 from ulrl.report import plots
 from ulrl.runs.common import (
     Course,
