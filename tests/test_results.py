@@ -20,13 +20,12 @@ from manners import refused
 from rich.console import Console
 
 from ulrl.cli import main
+from ulrl.configure import DefenseRun, options_of
 from ulrl.defenses.base import DEFENSES
 from ulrl.options import Schema
 from ulrl.report.page import repeat_command
 from ulrl.report.results import best_of, find_runs, frame_of, frame_of_runs, in_order, select, summarise
 from ulrl.report.tables import summary_cells, summary_latex, summary_markdown, summary_table
-from ulrl.runs.common import options_of
-from ulrl.runs.defending import DefenseRun
 
 
 @pytest.fixture
