@@ -279,7 +279,7 @@ def test_yaml_files_that_cannot_be_read(tmp_path: Path) -> None:
     refused(lambda: TOY.yaml(tmp_path), str(tmp_path))
     binary = tmp_path / "model.pt"
     binary.write_bytes(bytes(range(256)))
-    refused(lambda: TOY.yaml(binary), str(binary), "not YAML")
+    refused(lambda: TOY.yaml(binary), str(binary), "no text")
     refused(lambda: TOY.yaml("x" * 5000), "xxx")
 
 

@@ -23,9 +23,9 @@ from ulrl.data.datasets import dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.files import find_input
-from ulrl.options import read_yaml
 from ulrl.registry import nearest
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
+from ulrl.untrusted.texts import read_yaml
 
 SHORT_NAMES = {"target": "attack_target", "seeds": "random_seed"}
 OURS = ("save_folder_name", "overwrite", "result_file")  # options that a sweep decides
