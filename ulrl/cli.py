@@ -40,18 +40,11 @@ from ulrl.options import Schema, option
 from ulrl.record import Record, find_record
 from ulrl.registry import nearest
 from ulrl.report import plots
+from ulrl.report.frame import KEYS, export_frame, frame_of_runs, select
 from ulrl.report.page import write_report
 from ulrl.report.pictures import draw
-from ulrl.report.results import (
-    KEYS,
-    export_frame,
-    find_runs,
-    frame_of_runs,
-    in_order,
-    load_ranking,
-    select,
-    summarise,
-)
+from ulrl.report.pooling import in_order, summarise
+from ulrl.report.results import find_runs, load_ranking
 from ulrl.report.tables import (
     accuracy_table,
     comparison_table,

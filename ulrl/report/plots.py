@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ulrl.report.results import NO_DEFENSE, printable
+from ulrl.report.frame import NO_DEFENSE
+from ulrl.report.results import printable
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
