@@ -19,12 +19,11 @@ from manners import refused
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main
+from ulrl.configure import AttackRun, DefenseRun
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import IGNORED, Schema, option
-from ulrl.runs.attacking import AttackRun
-from ulrl.runs.defending import DefenseRun
 from ulrl.training import TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ import torch
 
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.files import in_threads
+from ulrl.files import home, in_threads
 from ulrl.poison_state import PoisonState, need, read_state
 from ulrl.untrusted.images import read_png
 from ulrl.untrusted.opening import real_path
@@ -165,6 +165,18 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         bd_test=read_state(file, "bd_test", raw["bd_test"], classes),
         attack=_attack_name(folder, inside),
     )
+
+
+def find_record(result_file: str, flag: str = "--result_file") -> Record:
+    """The record that `flag` names.
+
+    Raises:
+        UserError: no name given, no such record, or one that cannot be read.
+    """
+    if not result_file:
+        raise UserError(f"{flag} is missing: give the name of a record under record/")
+    named = home() / "record" / result_file
+    return load_record(named if (named / RESULT_FILE).exists() or not Path(result_file).is_dir() else Path(result_file))
 
 
 def load_defense_result(folder: Path, record: Record) -> dict[str, torch.Tensor]:
