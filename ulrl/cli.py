@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import inspect
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from ulrl.configure import (
 )
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
-from ulrl.errors import UserError
+from ulrl.errors import LineFormatter, UserError, one_line
 from ulrl.files import find_input, home, whole_file
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import Schema, option
@@ -134,7 +135,7 @@ def _preview(name: str, argv: Sequence[str]) -> None:
     with whole_file(path) as partial:
         plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles)
     _print(perceptibility_table(name, run.dataset, sample.perceptibility))
-    print(path)
+    print(one_line(str(path)))
 
 
 def _defense(name: str, argv: Sequence[str]) -> None:
@@ -204,7 +205,7 @@ def _purify(argv: Sequence[str]) -> None:
     repaired, before, after, held_out = own_files.repair(model, images, defense)
     own_files.save(repaired.model, Path(run.out or ""))
     _print(accuracy_table(before, after, held_out, [names[label] for label in repaired.flagged]))
-    print(run.out)
+    print(one_line(str(run.out)))
 
 
 def _sweep(argv: Sequence[str]) -> None:
@@ -298,7 +299,7 @@ def _plot(figure: str, root: Path, argv: Sequence[str]) -> None:
                     plots.heatmap(partial, frame, options.metric, format)
                 else:
                     plots.asr_against_acc(partial, frame, format)
-    print(out)
+    print(one_line(str(out)))
 
 
 def _runs_below(root: Path, where: str | None) -> pd.DataFrame:
@@ -350,6 +351,8 @@ def _print(table: Table) -> None:
 
 def _exit_with(command: Callable[[], None]) -> None:
     """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with _console_log():
             torch.backends.cudnn.deterministic = True
@@ -362,7 +365,7 @@ def _exit_with(command: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
+        if error.errno is None:
             raise
         where = f" {error.filename}" if error.filename else ""
         _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)
@@ -370,7 +373,7 @@ def _exit_with(command: Callable[[], None]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"ulrl: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ulrl: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -379,7 +382,7 @@ def _console_log() -> Iterator[None]:
     """Show the library's log on stderr, one plain line per entry."""
     logger = logging.getLogger("ulrl")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(LineFormatter("%(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:

@@ -22,7 +22,8 @@ from ulrl.poison_state import PoisonState, need, read_state
 from ulrl.untrusted.images import read_png
 from ulrl.untrusted.opening import real_path
 from ulrl.untrusted.texts import read_json
-from ulrl.untrusted.torchfiles import Other, load_torch
+from ulrl.untrusted.torchfiles import load_torch
+from ulrl.untrusted.weights import check_weights
 
 RESULT_FILE = "attack_result.pt"
 INFO_FILE = "info.pickle"
@@ -205,16 +206,8 @@ def _load_dict(file: Path, inside: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def _state_dict(file: Path, model: Any) -> dict[str, torch.Tensor]:
     need(file, isinstance(model, dict), "model is not a state dict (names to dense CPU tensors)")
-    for name, weight in model.items():
-        found = weight.what if isinstance(weight, Other) else f"a {type(weight).__name__}"
-        need(
-            file,
-            isinstance(name, str) and isinstance(weight, torch.Tensor) and not weight.is_complex(),
-            f"model is not a state dict (names to dense CPU tensors of real numbers): {str(name)[:80]!r} is {found}",
-        )
-    weights = {_modern_name(name): weight for name, weight in model.items()}
-    need(file, len(weights) == len(model), "its state dict has a weight both with and without the prefix module.")
-    return weights
+    need(file, all(isinstance(name, str) for name in model), "model is not a state dict (names to dense CPU tensors)")
+    return check_weights(file, {_modern_name(name): weight for name, weight in model.items()}, len(model))
 
 
 def _pixels(file: Path, inside: Path, spec: DatasetSpec) -> torch.Tensor:
