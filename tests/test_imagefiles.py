@@ -324,7 +324,7 @@ def test_one_split_is_divided_the_same_at_every_start(own: Path) -> None:
     assert train.spec.class_names == ("apple", "birch", "cloud")
     assert train.labels.bincount().tolist() == [9, 8, 1]
     assert test.labels.bincount().tolist() == [2, 2, 1]
-    shutil.rmtreecache_folder()
+    shutil.rmtree(cache_folder())
     again = load_dataset("folder", str(own), (12, 20))
     assert torch.equal(test.images, again[1].images)
 

@@ -32,6 +32,7 @@ from ulrl.configure import (
     defense_schema,
     yaml_layer,
 )
+from ulrl.converting import ConvertOptions, convert, inspect_file
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import LineFormatter, UserError, one_line
@@ -87,6 +88,8 @@ USAGE = """usage: ulrl list
        ulrl purify [options]           a model of your own: factory, weights and a folder of clean images
        ulrl sweep FILE [options]       a grid of attacks and defenses; what is done is not done again
        ulrl preview ATTACK [options]   draw an attack's trigger, without training a backdoored model
+       ulrl inspect FILE               what a record, checkpoint or weights file holds, without loading it
+       ulrl convert RECORD --to safetensors    the same record without a pickle; --to pickle: as BackdoorBench's
        ulrl results [FOLDER] [options]     what runs came to, as a table; FOLDER is record/ where not given
        ulrl report [FOLDER] --out FILE     the same as a page that opens in a browser, with a section per run
        ulrl plot FIGURE [FOLDER] --out FILE     a figure for a paper: asr-acc, heatmap, ranking or tsne
@@ -115,6 +118,13 @@ def _command(arguments: list[str]) -> None:
             _page(*_folder(rest))
         case ["plot", figure, *rest] if not figure.startswith("-"):
             _plot(figure, *_folder(rest))
+        case ["inspect", file] if not file.startswith("-"):
+            lines, safe = inspect_file(find_input(file))
+            print("\n".join(lines))
+            sys.exit(0 if safe else 2)
+        case ["convert", record, *rest] if not record.startswith("-"):
+            options = _plain_options(ConvertOptions, rest, "ulrl convert RECORD", "Write a record in another spelling.")
+            print(one_line(str(convert(find_record(record), options))))
         case ["--help" | "-h"]:
             print(USAGE)
         case _:
@@ -351,10 +361,8 @@ def _print(table: Table) -> None:
 
 def _exit_with(command: Callable[[], None]) -> None:
     """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        with _console_log():
+        with _console_log(), _sigterm_as_ctrl_c():
             torch.backends.cudnn.deterministic = True
             command()
             sys.stdout.flush()
@@ -389,3 +397,16 @@ def _console_log() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a job scheduler or `kill` sends ends a run as cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -109,11 +109,10 @@ def open_lock(path: Path) -> TextIO:
     """The lock file, made where it is not there; its text says who holds it: "<process> on <host>".
 
     Raises:
-        UserError: it is a link, which is not followed, a pipe, which is not waited for, or the like.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened; it is a link, which is not followed, a pipe, which is not waited for, or the like.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"{path} is no lock but {kind(path.lstat().st_mode)}; remove it")
+        raise OSError(errno.EINVAL, f"no lock but {kind(path.lstat().st_mode)}", str(path))
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return open(os.open(path, flags, 0o666), "r+", encoding="utf-8", errors="replace")
 
@@ -135,7 +134,7 @@ def waited_for(lock: Path, what: str) -> Iterator[bool]:
     Yields whether it is ours: not when its holder is stopped, or has not let go of it for half an hour.
 
     Raises:
-        UserError, OSError: as `open_lock`.
+        OSError: as `open_lock`.
     """
     with open_lock(lock) as file:
         start, said = time.monotonic(), False

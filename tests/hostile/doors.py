@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import resource
@@ -136,18 +135,11 @@ def command(argv: list[str]) -> None:
             main(argv)
 
 
-def tree(folder: Path) -> dict[str, str]:
-    """All that lies in a folder: links by what they say, files by what they hold, of large ones the size."""
-    found = {}
+def tree(folder: Path) -> dict[str, object]:
+    """All that lies in a folder, and what would change with it."""
+    found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         about = path.lstat()
-        if path.is_symlink():
-            kind = f"link to {os.readlink(path)}"
-        elif not path.is_file():
-            kind = f"{about.st_mode:o}"
-        elif about.st_size > 1 << 24:
-            kind = str(about.st_size)
-        else:
-            kind = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(folder))] = kind
+        whole = (about.st_ino, about.st_size, about.st_mtime_ns) if path.is_file() else ()
+        found[str(path.relative_to(folder))] = (about.st_mode, whole, os.readlink(path) if path.is_symlink() else "")
     return found

@@ -13,7 +13,8 @@ from pathlib import Path
 GADGETS = """os.system posix.system nt.system builtins.eval builtins.exec builtins.__import__ builtins.getattr builtins.open
 builtins.compile builtins.breakpoint builtins.input builtins.setattr builtins.type builtins.object functools.partial
 functools.reduce operator.attrgetter operator.methodcaller subprocess.Popen subprocess.check_output importlib.import_module
-runpy.run_path runpy._run_code shutil.rmtree shutil.copy pickle.loads _pickle.loads marshal.loads types.FunctionType
+runpy.run_path
+runpy._run_code shutil.rmtree shutil.copy pickle.loads _pickle.loads marshal.loads types.FunctionType
 types.CodeType copyreg._reconstructor copyreg.__newobj__ ctypes.CDLL code.interact pty.spawn pdb.run timeit.timeit
 webbrowser.open socket.socket asyncio.run codecs.open io.open _io.FileIO tempfile.mktemp pathlib.Path torch.load
 torch.hub.load torch.ops.load_library torch.jit.load torch.storage._load_from_bytes torch.serialization.load

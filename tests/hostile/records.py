@@ -75,7 +75,7 @@ def gadgets() -> Iterator[Case]:
     for i, name in enumerate(pickles.GADGETS):
         yield Case(
             f"record calls {name}", pickled(lambda place, name=name: pickles.call(name, place.canary)),
-            words=(RESULT, "asks to run", name), slow=i % 4 > 0,
+            words=(RESULT, "asks to run", name), slow=i % 9 > 0,
         )  # fmt: skip
     for module, name in (("os", "system"), ("builtins", "getattr"), ("collections", "OrderedDict.fromkeys"),
                          ("torch", "load"), ("numpy", "ndarray.__reduce__"), ("torch._utils", "sys.modules")):  # fmt: skip
@@ -111,7 +111,7 @@ def opcodes() -> Iterator[Case]:
         ("a mapping in itself", pickles.reduced(b"}q\x00", pickles.text("a"), b"h\x00s"), DAMAGED),
         ("tuples nested 100,000 deep", b"\x80\x02" + deep + b".", (RESULT,)),
         ("such a tuple as a key", b"\x80\x02}" + deep + b"Ns.", (RESULT,)),
-        ("a key that takes 2^60 steps", pickles.exploding(60), (RESULT, "would take over")),
+        ("a key that takes 2^60 steps", pickles.exploding(60), (RESULT,)),
         ("lists that multiply", pickles.reduced(b"]q\x00", *(b"0](h\x00h\x00eq\x00" for _ in range(60))), (RESULT,)),
         ("a persistent id in another", pickles.reduced(pickles.text("storage") + b"QQ"), DAMAGED),
         ("a persistent id that is a number", pickles.reduced(b"K\x01Q"), DAMAGED),
@@ -122,7 +122,8 @@ def opcodes() -> Iterator[Case]:
         ("a call of what is no function", pickles.reduced(b"K\x01)R"), DAMAGED),
         ("a pop from nothing", b"\x80\x020000.", DAMAGED),
     ):  # fmt: skip
-        yield Case(f"pickle: {name}", pickled(content), words=words)
+        quick = ("memo", "20 GB", "itself", "a key that", "multiply", "pointers", "nothing", "in another")
+        yield Case(f"pickle: {name}", pickled(content), words=words, slow=not any(word in name for word in quick))
     yield Case("pickle: 300,000 keys of one hash", pickled(pickles.colliding(300_000)),
                words=(RESULT, "would take over"), slow=True)  # fmt: skip
 
@@ -157,11 +158,13 @@ def contents() -> Iterator[Case]:
         ("missing", lambda m: m.pop(w), "conv1.weight"),
         ("named by a number", lambda m: m.update({7: eye}), "state dict"),
         ("named None", lambda m: m.update({None: eye}), "state dict"),
-        ("named by escape codes", lambda m: m.update({"\x1b]0;\x07\u202e\ud800": eye}), "tiny"),
-        ("named by ten megabytes", lambda m: m.update({"n" * 10_000_000: eye}), "tiny"),
+        ("named by escape codes", lambda m: m.update({"\x1b]0;\x07\u202e\ud800": eye}), "x1b"),
+        ("named by ten megabytes", lambda m: m.update({"n" * 10_000_000: eye}), "nnn ... nnn"),
         ("there with and without module.", lambda m: m.update({f"module.{w}": eye}), "module."),
     ):  # fmt: skip
-        yield Case(f"weight {name}", model(change), words=(word,))
+        yield Case(
+            f"weight {name}", model(change), words=(word,), slow=name in ("a number", "None", "missing", "infinite")
+        )
     for name, change, words in (
         ("model a list", lambda r: r.update(model=[1]), (RESULT, "state dict")),
         ("num_classes a billion", lambda r: r.update(num_classes=10**9), ()),
@@ -194,7 +197,9 @@ def contents() -> Iterator[Case]:
         ("a program beside it", lambda r: r.update(extra=Odd(os.getcwd, ())), (RESULT, "asks to run")),
         ("no keys", lambda r: r.clear(), (RESULT, "lacks")),
     ):  # fmt: skip
-        yield Case(f"record with {name}", changed(change), words=words)
+        yield Case(
+            f"record with {name}", changed(change), words=words, slow=name.startswith(("a label", "index", "img"))
+        )
     yield Case("an OrderedDict with attributes is opened", changed(lambda r: r.update(model=_with_attributes(r["model"]))),
                exits=(0,), slow=True)  # fmt: skip
     yield Case("an old torch file is opened", changed(lambda r: None, _use_new_zipfile_serialization=False),

@@ -30,7 +30,7 @@ def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
             try:
                 weights = safetensors.torch.load_file(str(file))
             except Exception as error:  # whatever it makes of a stranger's bytes
-                raise UserError(f"{file} is no readable safetensors file ({error}); fetch it again") from None
+                raise UserError(f"{file} is damaged, or no safetensors file ({error}); fetch it again") from None
     else:
         weights = load_torch(file, most=most)
     for key in ("state_dict", "model"):
