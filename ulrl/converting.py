@@ -100,10 +100,10 @@ def inspect_file(file: Path) -> tuple[list[str], bool]:
     tensors = list(_tensors("", held))
     total = sum(tensor.nbytes for _, tensor in tensors)
     lines.append(f"{len(tensors)} tensors, {total / 1e6:.1f} MB")
-    lines += [one_line(f"  {name}: {str(t.dtype)[6:]} {list(t.shape)}") for name, t in tensors[:LISTED]]
+    lines += ["  " + one_line(f"{name}: {str(t.dtype)[6:]} {list(t.shape)}") for name, t in tensors[:LISTED]]
     if len(tensors) > LISTED:
         lines.append(f"  and {len(tensors) - LISTED} more")
-    lines += [one_line(f"  {name}: {other.what}, which is not read") for name, other in _others("", held)][:LISTED]
+    lines += ["  " + one_line(f"{name}: {other.what}, which is not read") for name, other in _others("", held)][:LISTED]
     if isinstance(held, dict) and set(KEYS) <= set(held):
         lines.append(one_line(f"a record of {held['model_name']} on {held['clean_data']}"))
     return [*lines, "verdict: plain data; opening it runs nothing"], True
