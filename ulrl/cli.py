@@ -20,27 +20,31 @@ from rich.console import Console
 from rich.table import Table
 
 from ulrl import own_files
-from ulrl.attacks.base import ATTACKS, Attack
+from ulrl.attacks.base import ATTACKS
+from ulrl.configure import (
+    AttackRun,
+    DefenseRun,
+    PreviewRun,
+    attack_schema,
+    configure_attack,
+    configure_defense,
+    defense_schema,
+    yaml_layer,
+)
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
 from ulrl.files import find_input, home, whole_file
 from ulrl.models.architectures import ARCHITECTURES
-from ulrl.options import Schema, Settings, option
-from ulrl.record import Record
+from ulrl.options import Schema, option
+from ulrl.record import Record, find_record
 from ulrl.registry import nearest
 from ulrl.report import plots
+from ulrl.report.frame import KEYS, export_frame, frame_of_runs, select
 from ulrl.report.page import write_report
-from ulrl.report.results import (
-    KEYS,
-    export_frame,
-    find_runs,
-    frame_of_runs,
-    in_order,
-    load_ranking,
-    select,
-    summarise,
-)
+from ulrl.report.pictures import draw
+from ulrl.report.pooling import in_order, summarise
+from ulrl.report.results import find_runs, load_ranking
 from ulrl.report.tables import (
     accuracy_table,
     comparison_table,
@@ -51,12 +55,10 @@ from ulrl.report.tables import (
     summary_table,
     suspicion_table,
 )
-from ulrl.runs.attacking import AttackRun, PreviewRun, run_attack, run_preview
-from ulrl.runs.common import Layer, attack_layers, defense_layers, find_record, pick_device, yaml_layer
-from ulrl.runs.defending import DefenseRun, run_defense, run_once
+from ulrl.runs.attacking import run_attack, run_preview
+from ulrl.runs.defending import run_defense, run_once
 from ulrl.runs.showing import penultimate_features
 from ulrl.sweep.scheduler import SweepOptions, sweep
-from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
 
@@ -119,48 +121,35 @@ def _command(arguments: list[str]) -> None:
 
 
 def _attack(name: str, argv: Sequence[str]) -> None:
-    attack, run, training = _attack_options(name, argv, AttackRun, f"attack/{name}.py")
-    folder, result = run_attack(attack, run, training)
+    flags = attack_schema(name).flags(argv, f"attack/{name}.py", inspect.getdoc(ATTACKS[name]) or "")
+    folder, result = run_attack(*configure_attack(name, flags, AttackRun))
     _report(folder, result)
 
 
 def _preview(name: str, argv: Sequence[str]) -> None:
-    attack, run, training = _attack_options(name, argv, PreviewRun, f"ulrl preview {name}")
-    path, figures = run_preview(attack, run, training)
-    _print(perceptibility_table(name, run.dataset, figures))
+    flags = attack_schema(name, PreviewRun).flags(argv, f"ulrl preview {name}", inspect.getdoc(ATTACKS[name]) or "")
+    attack, run, training = configure_attack(name, flags, PreviewRun)
+    sample = run_preview(attack, run, training)
+    path = Path(f"preview_{attack.name}_{run.dataset}.png")
+    with whole_file(path) as partial:
+        plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles)
+    _print(perceptibility_table(name, run.dataset, sample.perceptibility))
     print(path)
 
 
-Run = TypeVar("Run", bound=PreviewRun)
-
-
-def _attack_options(
-    name: str, argv: Sequence[str], run_options: type[Run], prog: str
-) -> tuple[Attack, Run, TrainOptions]:
-    cls = ATTACKS[name]
-    schema = Schema(run_options, cls, TrainOptions)
-    flags = schema.flags(argv, prog, inspect.getdoc(cls) or "")
-    settings = _merge(schema, flags, *attack_layers(schema, name, flags))
-    return settings.build(cls), settings.build(run_options), settings.build(TrainOptions)
-
-
 def _defense(name: str, argv: Sequence[str]) -> None:
-    cls = DEFENSES[name]
-    schema = Schema(DefenseRun, cls)
-    flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(cls) or "")
-    given = yaml_layer(schema, flags.get("yaml_path"))
-    record = find_record(flags.get("result_file") or given[1].get("result_file", ""))
-    defense, run = _defense_options(name, record, schema, flags, given)
-    folder, result = run_defense(defense, record, run)
+    schema = defense_schema(name)
+    flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(DEFENSES[name]) or "")
+    named = flags.get("result_file") or yaml_layer(schema, flags.get("yaml_path"))[1].get("result_file", "")
+    record = find_record(named)
+    folder, result = run_defense(*_on(record, name, flags))
     _report(folder, result)
 
 
-def _defense_options(
-    name: str, record: Record, schema: Schema, flags: dict[str, Any], given: Layer
-) -> tuple[Defense, DefenseRun]:
-    usual = defense_layers(schema, name, record.dataset, record.model_name)
-    settings = _merge(schema, flags, *([given] if given[1] else usual))
-    return settings.build(DEFENSES[name]), settings.build(DefenseRun)
+def _on(record: Record, name: str, flags: dict[str, Any]) -> tuple[Defense, Record, DefenseRun]:
+    """A defense with the options that it has on a record."""
+    defense, run = configure_defense(name, flags, record.dataset, record.model_name)
+    return defense, record, run
 
 
 @dataclass(frozen=True)
@@ -181,13 +170,15 @@ def _compare(record_name: str, argv: Sequence[str]) -> None:
     shared = {k: v for k, v in flags.items() if k not in ("defenses", "seeds", "overwrite")}
     record, results = find_record(record_name), []
     names = [name.strip() for name in comparison.defenses.split(",")]
-    classes = [DEFENSES[name] for name in names]  # an unknown one is told before any has run
+    for name in names:
+        DEFENSES[name]  # an unknown one is told before any has run
     for seed in range(comparison.seeds):
-        for name, cls in zip(names, classes, strict=True):
-            both = Schema(DefenseRun, cls)
-            defense, run = _defense_options(name, record, both, {**shared, "random_seed": seed}, ("", {}))
+        for name in names:
+            defense, _, run = _on(record, name, {**shared, "random_seed": seed})
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
-            results.append(run_once(defense, record, run, overwrite=comparison.overwrite))
+            folder, result = run_once(defense, record, run, overwrite=comparison.overwrite)
+            draw(folder)
+            results.append(result)
     _print(comparison_table(record.name, results))
 
 
@@ -197,7 +188,7 @@ def _purify(argv: Sequence[str]) -> None:
     peek.add_argument("--method", default=own_files.PurifyRun.method)
     cls = DEFENSES[peek.parse_known_args(argv)[0].method]  # whose options are flags, too
     schema = Schema(own_files.PurifyRun, cls)
-    settings = _merge(schema, schema.flags(argv, "ulrl purify", inspect.getdoc(own_files) or ""))
+    settings, _ = schema.merge(("given", schema.flags(argv, "ulrl purify", inspect.getdoc(own_files) or "")))
     run, defense = settings.build(own_files.PurifyRun), settings.build(cls)
     model, images = own_files.load(run)
     names = images.spec.class_names
@@ -333,24 +324,8 @@ def _plain_options(cls: type[Options], argv: Sequence[str], prog: str, descripti
     return schema.merge(("flag", schema.flags(argv, prog, description)))[0].build(cls)
 
 
-def _merge(schema: Schema, flags: dict[str, Any], *files: Layer) -> Settings:
-    settings, ignored = schema.merge(*files, ("flag", flags))
-    for path, _ in files:
-        if path:
-            log.info("options from %s", path)
-    if ignored:
-        log.info("accepted for BackdoorBench's sake, without a meaning here: %s", ", ".join(ignored))
-    device, source = settings.values.get("device"), settings.origin.get("device")
-    if device and source != "flag":
-        try:
-            pick_device(device)
-        except UserError:
-            log.warning("device %s of %s is not on this machine: using the CPU", device, source)
-            return Settings({**settings.values, "device": "cpu"}, settings.origin)
-    return settings
-
-
 def _report(folder: Path, result: dict[str, Any]) -> None:
+    draw(folder)
     _print(result_table(result))
     with contextlib.suppress(ValueError):  # not below the current directory: keep it absolute
         folder = folder.relative_to(Path.cwd())

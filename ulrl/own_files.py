@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ulrl.configure import options_of
 from ulrl.data.batches import augment, normalise
 from ulrl.data.imagefiles import common_size, read_images
 from ulrl.data.imageset import DatasetSpec, ImageSet
@@ -25,11 +26,11 @@ from ulrl.defenses.base import Defense
 from ulrl.defenses.selection import split
 from ulrl.errors import UserError
 from ulrl.files import find_input, save_torch, whole_file
+from ulrl.machine import pick_device
 from ulrl.options import option
 from ulrl.own_model import Purified, Suspicion, head_size, purify, suspect
-from ulrl.runs.common import options_of, pick_device
 from ulrl.seeds import generator
-from ulrl.training import predict
+from ulrl.training import accuracy
 
 HELD_OUT = 0.2
 DOUBTFUL = 0.5  # accuracy below which labels or normalisation may be wrong
@@ -83,7 +84,7 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     two = images.subset(torch.arange(min(2, len(images))))
     classes = head_size(model, normalise(two.images, images.spec))
     images = _with_head(images, classes, run.images)
-    if (right := _accuracy(model, images)) < DOUBTFUL:
+    if (right := accuracy(model, images)) < DOUBTFUL:
         log.warning(
             "the model reads only %.0f%% of these images right: are --img_size, --mean, --std and the order of the "
             "subfolders those of its training?", 100 * right,
@@ -116,11 +117,7 @@ def repair(model: nn.Module, images: ImageSet, defense: Defense) -> tuple[Purifi
         model, normalise(given.images, given.spec), given.labels, method=defense.name,
         augment=lambda x: augment(x, given.spec, draws), **options_of(defense),
     )  # fmt: skip
-    return result, _accuracy(model, held_out), _accuracy(result.model, held_out), len(held_out)
-
-
-def _accuracy(model: nn.Module, images: ImageSet) -> float:
-    return (predict(model, images) == images.labels).double().mean().item()
+    return result, accuracy(model, held_out), accuracy(result.model, held_out), len(held_out)
 
 
 def save(model: nn.Module, path: Path) -> None:

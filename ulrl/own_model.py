@@ -18,9 +18,10 @@ from ulrl.data.imageset import DatasetSpec, InputSet
 from ulrl.defenses.base import DEFENSES, Repair
 from ulrl.defenses.universal import STEPS, smallest_universal
 from ulrl.errors import UserError
+from ulrl.machine import eval_batch
 from ulrl.options import Schema
 from ulrl.seeds import generator, global_stream
-from ulrl.training import EVAL_BATCH, Monitor, predict
+from ulrl.training import Monitor, accuracy
 
 Images = Any  # a tensor, an array, or any iterable of batches of them
 Augment = Callable[[torch.Tensor], torch.Tensor]
@@ -92,9 +93,9 @@ def purify(
     start, monitor = time.perf_counter(), Monitor()
     with global_stream(defense.random_seed, "purify", _device(model)):
         subject, clean, notes = _prepare(model, given)
-        before = _accuracy(subject, clean, defense.amp)
+        before = accuracy(subject, clean, defense.amp)
         repair: Repair = defense.run(subject, clean, monitor)
-        after = _accuracy(repair.model, clean, defense.amp)
+        after = accuracy(repair.model, clean, defense.amp)
     report = {
         "method": method,
         "options": {**vars(defense)},
@@ -198,7 +199,7 @@ def _prepare(
     x, y = x.to(device), y.to(device)
     classes = head_size(subject, x)
     with torch.no_grad():
-        finite = all(subject(part).isfinite().all() for part in x.split(EVAL_BATCH[device.type]))
+        finite = all(subject(part).isfinite().all() for part in x.split(eval_batch(device)))
     if not finite:
         raise UserError("the model gives NaN or infinite logits for some images; check it, and their normalisation")
     wrong = (y < 0) | (y >= classes)
@@ -251,10 +252,6 @@ def _as_given(repaired: nn.Module, model: nn.Module) -> nn.Module:
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     return itertools.chain(model.parameters(), model.buffers())
-
-
-def _accuracy(model: nn.Module, clean: InputSet, amp: bool) -> float:
-    return (predict(model, clean, amp) == clean.labels).double().mean().item()
 
 
 # Diagnosis

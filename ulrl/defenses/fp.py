@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.selection import within
 from ulrl.models.head import find_head
 from ulrl.options import option
-from ulrl.training import EVAL_BATCH, Monitor, autocast
+from ulrl.training import Monitor, head_inputs
 
 
 @register("fp")
@@ -81,15 +80,3 @@ class FinePruning(FineTuning):
 
         prune()
         self.finetune(model, clean, monitor, "finetune", after_step=prune)
-
-
-@torch.no_grad()
-def head_inputs(model: nn.Module, head: nn.Linear, clean: ImageSet, amp: bool) -> torch.Tensor:
-    """What the head is given for each clean sample, in eval mode: float32 [N, inputs]."""
-    given: list[torch.Tensor] = []
-    model.eval()
-    with head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].float())):
-        for x, _ in Batches(clean, EVAL_BATCH[clean.device.type]):
-            with autocast(clean.device, amp):
-                model(x)
-    return torch.cat(given)

@@ -12,7 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ulrl.report.results import FIGURES, KEYS, NO_DEFENSE, best_of, frame_of, printable, summarise
+from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of
+from ulrl.report.pooling import best_of, notes_of, summarise
+from ulrl.report.results import printable
 
 
 def _percent(value: float | None) -> str:
@@ -51,7 +53,7 @@ def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
     """
     runs = frame_of(results)
     before = runs.iloc[:1].assign(
-        kind="attack", defense=NO_DEFENSE, der=math.nan, seconds=math.nan, **results[0]["before"]
+        kind="attack", defense=NO_DEFENSE, settings="", der=math.nan, seconds=math.nan, **results[0]["before"]
     )
     summary = summarise(pd.concat([before, runs])[list(runs.columns)], "defense")
     return summary_table(summary, f"defenses on {record}")
@@ -59,10 +61,11 @@ def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
 
 def summary_table(summary: pd.DataFrame, title: str) -> Table:
     """What `summarise` made, for the terminal; a key with one value for all lines stands below, not in a column."""
-    shared = [k for k in summary if k in KEYS and len(summary) > 1 and summary[k].nunique(dropna=False) == 1]
-    about = ", ".join(_key_text(summary[k].iloc[0]) for k in shared)
-    cells, bold = (part.drop(columns=shared) for part in summary_cells(summary))
-    caption = "mean ± sample standard deviation" + (f"\n{escape(printable(about))}" if about else "")
+    cells, bold = summary_cells(summary)
+    shared = [k for k in cells if k in KEYS and len(cells) > 1 and cells[k].nunique() == 1]
+    about = ", ".join(cells[k].iloc[0] for k in shared)
+    cells, bold = cells.drop(columns=shared), bold.drop(columns=shared)
+    caption = "\n".join(escape(printable(text)) for text in (SPREAD, about, *notes_of(summary)) if text)
     table = Table(
         title=escape(printable(title)), title_style="bold", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -82,16 +85,21 @@ def summary_table(summary: pd.DataFrame, title: str) -> Table:
 
 
 def summary_markdown(summary: pd.DataFrame) -> str:
-    """The same as a table of Markdown."""
+    """The same as a table of Markdown, and below it what has to be known besides."""
     cells, bold = summary_cells(summary)
-    marked = cells.map(lambda text: re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(text)))
+
+    def spelled(text: str) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(text))
+
+    marked = cells.map(spelled)
     marked = marked.where(~bold, "**" + marked + "**")
     rule = ["---:" if column in HEADS.values() else "---" for column in cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (map(str, cells), rule, *marked.to_numpy().tolist()))
+    table = "".join(f"| {' | '.join(row)} |\n" for row in (map(str, cells), rule, *marked.to_numpy().tolist()))
+    return table + "".join(f"\n{spelled(note)}\n" for note in (SPREAD, *notes_of(summary)))
 
 
 def summary_latex(summary: pd.DataFrame) -> str:
-    """The same for a paper: a `tabular` with booktabs' rules."""
+    """The same for a paper: a `tabular` with booktabs' rules; what has to be known besides is comments below it."""
     cells, bold = summary_cells(summary)
     style = cells.map(printable).rename(columns=lambda name: name.replace("%", r"\%")).style.hide(axis="index")
     style = style.format(escape="latex").format(
@@ -99,15 +107,30 @@ def summary_latex(summary: pd.DataFrame) -> str:
     )
     style = style.apply(lambda _: bold.to_numpy().choose(["", "textbf:--rwrap;"]), axis=None)
     alignment = "".join("l" if column in KEYS else "r" for column in cells)
-    return style.to_latex(hrules=True, column_format=alignment)
+    table = style.to_latex(hrules=True, column_format=alignment)
+    return table + "".join(f"% {printable(note)}\n" for note in (SPREAD, *notes_of(summary)))
 
 
-HEADS = {"acc": "ACC %", "asr": "ASR %", "ra": "RA %", "der": "DER %", "seconds": "s", "n": "n"}
+SPREAD = "mean ± sample standard deviation over the n runs; over the records where they are several"
+HEADS = {
+    "acc": "ACC %", "asr": "ASR %", "ra": "RA %", "der": "DER %", "seconds": "s", "n": "n", "records": "records"
+}  # fmt: skip
 
 
 def summary_cells(summary: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Texts for the keys and figures, and which of them are the best; both of one shape. Missing is "-"."""
-    cells = pd.DataFrame({k: summary[k].map(_key_text) for k in summary if k in KEYS}, dtype="object")
+    """Texts for the keys and figures, and which of them are the best; both of one shape. Missing is "-".
+
+    What sets a line apart besides its keys, an option or a backdoor that did not take, is said beside the key.
+    """
+    keys = [k for k in summary if k in KEYS]
+    cells = pd.DataFrame({k: summary[k].map(_key_text) for k in keys}, dtype="object")
+    beside = next((k for k in ("attack", "record") if k in keys), keys[-1])
+    for key, words in (
+        ("defense", summary.variant), ("attack", summary.record_variant),
+        (beside, summary.failed.map({True: "did not take", False: ""})),
+    ):  # fmt: skip
+        if key in keys:
+            cells[key] += words.map(lambda text: f" ({text})" if text else "").astype("object")
     for figure in FIGURES:
         parts = (summary[f"{figure}_{part}"] for part in ("mean", "std", "n"))
         scale = 1 if figure == "seconds" else 100
@@ -115,7 +138,9 @@ def summary_cells(summary: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             _spread(mean, deviation, scale) + (f" (n {known})" if 0 < known < n else "")
             for mean, deviation, known, n in zip(*parts, summary.n, strict=True)
         ]
-    cells["n"] = summary.n.astype(str)
+    for count in ("n", "records"):
+        if count == "n" or (summary.records > 1).any():
+            cells[HEADS[count]] = summary[count].astype(str)
     best = best_of(summary)
     bold = pd.DataFrame(False, index=cells.index, columns=cells.columns)
     for figure in map(str, best):
