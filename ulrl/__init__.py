@@ -3,15 +3,17 @@
 from ulrl.attacks.base import ATTACKS
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
-from ulrl.own_model import Purified, Suspicion, purify, suspect
+from ulrl.own_model import Note, Purified, Suspicion, evaluate, purify, suspect
 from ulrl.record import Record, load_record
 
 __version__ = "0.1.0"
 __all__ = [
+    "Note",
     "Purified",
     "Record",
     "Suspicion",
     "UserError",
+    "evaluate",
     "list_attacks",
     "list_defenses",
     "load_record",

@@ -23,7 +23,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.metrics import Judgement, share
-from ulrl.models.head import find_head
+from ulrl.models.head import find_head, head_features
 from ulrl.options import option
 
 EVAL_BATCH = {"cpu": 128, "cuda": 1024}  # larger ones fall out of a CPU's cache and are slower (measured)
@@ -52,7 +52,8 @@ class Monitor:
     """Progress out of a run: a bar per stage, a history row per epoch, the seconds of each stage.
 
     `judge` is called with (stage, epoch, model) every `eval_every` epochs, when that is not 0. It returns
-    nothing and keeps its figures, so that `history` never holds one measured on the test sets.
+    nothing and keeps its figures, so that `history` never holds one measured on the test sets. `tell` is
+    called with (stage, steps done, steps at most) when a stage begins and after each of its steps.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class Monitor:
         eval_every: int = 0,
         *,
         bar: bool = False,
+        tell: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self._judge = judge
         self._every = eval_every
         self._bar = bar
+        self._tell = tell
 
     @contextlib.contextmanager
     def stage(self, name: str, steps: int) -> Iterator[Stage]:
@@ -74,7 +77,7 @@ class Monitor:
         start, judged = time.perf_counter(), self.seconds.get("judge", 0.0)
         interval = 0.1 if sys.stderr.isatty() else 60  # a file keeps every state of the bar
         with tqdm(total=steps, desc=name, disable=not self._bar, dynamic_ncols=True, mininterval=interval) as bar:
-            yield Stage(self, name, bar)
+            yield Stage(self, name, bar, steps)
         spent = time.perf_counter() - start - (self.seconds.get("judge", 0.0) - judged)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
@@ -89,14 +92,30 @@ class Monitor:
 class Stage:
     """What a training loop tells of itself."""
 
-    def __init__(self, monitor: Monitor, name: str, bar: tqdm[Any]) -> None:
+    def __init__(self, monitor: Monitor, name: str, bar: tqdm[Any], steps: int) -> None:
         self._monitor = monitor
         self._name = name
         self._bar = bar
+        self._steps = steps
+        self._done = 0
+        self._tell()
 
     def step(self) -> None:
         """One optimisation step is done."""
+        self._done += 1
         self._bar.update()
+        self._tell()
+
+    def reached(self) -> None:
+        """The stage ends here, as it has reached its goal: the bar is full."""
+        self._bar.set_description(f"{self._name}, goal reached", refresh=False)
+        self._bar.total = self._steps = self._done
+        self._bar.refresh()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._monitor._tell is not None:
+            self._monitor._tell(self._name, self._done, self._steps)
 
     def epoch(self, model: nn.Module, epoch: int, **figures: float) -> None:
         """Epoch `epoch` (from 1) is done, with its figures."""
@@ -238,6 +257,7 @@ def fit(
                 )
             progress.epoch(model, epoch, loss=loss_mean, acc=accuracy)
             if stop is not None and stop(accuracy):
+                progress.reached()
                 return True
     return False
 
@@ -282,15 +302,22 @@ def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
     return torch.cat(classes) if classes else data.labels.new_empty(0)
 
 
-def penultimate(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
-    """What the classifier head is given for each image: float32 [N, D] on the CPU. N at least 1.
+def accuracy(model: nn.Module, data: ImageSet, amp: bool = True) -> float:
+    """The share of the images that `model` gives their label; the set is not empty."""
+    return (predict(model, data, amp) == data.labels).double().mean().item()
+
+
+def penultimate(model: nn.Module, data: ImageSet, amp: bool = True, name: str | None = None) -> torch.Tensor:
+    """What the classifier head, found or named, is given for each image: float32 [N, D] on the CPU. N at least 1.
+
+    Where the head is a convolution, the mean over its positions.
 
     Raises:
         UserError: the model has no head to be found.
     """
-    _, head = find_head(model, data.spec.num_classes)
+    _, head = find_head(model, data.spec.num_classes, name)
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(head_features(inputs[0]).float().cpu()))
     try:
         _outputs(model, data, amp, model)
     finally:
