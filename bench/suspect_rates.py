@@ -24,11 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 import ulrl  # noqa: E402
 from ulrl.attacks.base import ATTACKS  # noqa: E402
+from ulrl.configure import AttackRun  # noqa: E402
 from ulrl.data.batches import normalise  # noqa: E402
 from ulrl.data.datasets import clean_subset, load_dataset  # noqa: E402
 from ulrl.files import home  # noqa: E402
 from ulrl.models import load_model  # noqa: E402
-from ulrl.runs.attacking import AttackRun, run_attack  # noqa: E402
+from ulrl.runs.attacking import run_attack  # noqa: E402
 from ulrl.training import TrainOptions  # noqa: E402
 
 DATASETS = {  # how to train on each, and the share of its training images that the defender has

@@ -33,9 +33,13 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def write_record(record: Path, attack: str, defenses: dict[str, dict[str, Any]], **other: Any) -> Path:
-    """A record with its picture and, by folder name, the results of its defenses."""
+    """A record with its picture and, by folder name, the results of its defenses.
+
+    other: of all of them; but seed, took and options are the record's own.
+    """
+    own = {k: other.pop(k) for k in ("seed", "took", "options") if k in other}
     of = {"record": record.name, "attack": attack, **other}
-    write(record, result("attack", method=attack, asr=0.99, ra=0.01, **of))
+    write(record, result("attack", method=attack, asr=0.99, ra=0.01, **of, **own))
     Image.new("RGB", (120, 48), (200, 30, 30)).save(record / "trigger_preview.png")
     (record / "attack_df.csv").write_text(",epoch,batch,train_epoch_loss_avg_over_batch,train_acc\n0,1,5,0.7,0.6\n")
     for name, about in defenses.items():

@@ -20,13 +20,14 @@ from manners import refused
 from rich.console import Console
 
 from ulrl.cli import main
+from ulrl.configure import DefenseRun, options_of
 from ulrl.defenses.base import DEFENSES
 from ulrl.options import Schema
+from ulrl.report.frame import frame_of, frame_of_runs, select
 from ulrl.report.page import repeat_command
-from ulrl.report.results import best_of, find_runs, frame_of, frame_of_runs, in_order, select, summarise
+from ulrl.report.pooling import best_of, in_order, notes_of, summarise
+from ulrl.report.results import find_runs
 from ulrl.report.tables import summary_cells, summary_latex, summary_markdown, summary_table
-from ulrl.runs.common import options_of
-from ulrl.runs.defending import DefenseRun
 
 
 @pytest.fixture
@@ -87,6 +88,85 @@ def test_best_is_among_defenses_under_equal_conditions(study: Path) -> None:
     assert best[best.asr].index.tolist() == [("badnet", "ulrl")]
     assert not best.loc["prototype"].any(axis=None), "one alone is no best"
     assert not best_of(summarise(frame_of_runs(find_runs(study)[0]), "attack")).any(axis=None)
+
+
+def rivals(root: Path, runs: dict[str, dict[str, tuple[float, ...]]], **other: Any) -> pd.DataFrame:
+    """The frame of records, each with its defenses, each with the ASR of its seeds."""
+    for seed, (record, defenses) in enumerate(runs.items()):
+        write_record(root / record, "badnet", {
+            f"{name}_{k}": {"method": name, "asr": asr, "seed": k}
+            for name, asrs in defenses.items() for k, asr in enumerate(asrs)
+        }, seed=seed, **other)  # fmt: skip
+    return frame_of_runs(find_runs(root)[0])
+
+
+def test_methods_are_ranked_on_the_records_that_they_share(tmp_path: Path) -> None:
+    frame = rivals(tmp_path, {
+        "a": {"ulrl": (0.5,), "ft": (0.3,)},
+        "b": {"ulrl": (0.3, 0.1), "ft": (0.4,)},
+        "c": {"ulrl": (0.0,), "clp": (0.0,)}, "d": {"ulrl": (0.0,)},
+    })  # fmt: skip
+    summary = summarise(frame, "defense").set_index("defense")
+    assert summary.asr_mean.round(6).to_dict() == {"no defense": 0.99, "ulrl": 0.35, "ft": 0.35, "clp": 0.0}
+    assert summary.asr_std["ulrl"] == pytest.approx(statistics.stdev([0.5, 0.2])), "over records, not over runs"
+    assert summary.n.to_dict() == {"no defense": 2, "ulrl": 3, "ft": 2, "clp": 1}
+    assert summary.ranked.to_dict() == {"no defense": False, "ulrl": True, "ft": True, "clp": False}
+    assert not best_of(summary.reset_index())[~summary.ranked.to_numpy()].any(axis=None)
+    told = notes_of(summary.reset_index())
+    assert told[0] == "ranked on the 2 of 4 records that all 2 have; not ranked, on fewer than half of them: clp"
+
+
+def test_nothing_is_ranked_without_a_record_that_all_have(tmp_path: Path) -> None:
+    summary = summarise(rivals(tmp_path, {"a": {"ulrl": (0.5,)}, "b": {"ft": (0.4,)}}), "defense")
+    assert not best_of(summary).any(axis=None)
+    assert notes_of(summary)[0] == "not ranked: no record has all of ulrl, ft"
+
+
+def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "record"
+    rivals(root, {"a": {"ulrl": (0.2, 0.4)}})
+    write(root / "a" / "defense" / "plain", result(record="a", asr=0.2, options={"save_folder_name": "plain"}))
+    write(root / "a" / "defense" / "longer", result(record="a", asr=0.6, options={"epochs": 5}))
+    summary = summarise(frame_of_runs(find_runs(root)[0]), "attack,defense").set_index(["defense", "variant"])
+    assert summary.n.to_dict() == {("no defense", ""): 1, ("ulrl", "epochs 5"): 1, ("ulrl", "epochs -"): 2}
+    assert summary.asr_mean["ulrl", "epochs -"] == pytest.approx(0.3)
+    printed = say(capsys, "results", str(root))
+    assert "1 run repeats the options and the seed of another" in printed
+    assert "ulrl (epochs 5)" in printed
+
+
+def test_other_options_of_records_are_other_lines_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for width, asr in ((16, 0.1), (64, 0.5)):
+        options = {"width": width, "pratio": 0.1}
+        write_record(tmp_path / f"w{width}", "badnet", {}, options=options)
+        for seed in range(2):
+            ran = result(record=f"w{width}", asr=asr, seed=seed, clean_samples=width)
+            write(tmp_path / f"w{width}" / "defense" / f"ulrl_{seed}", ran)
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    lines = summarise(frame[frame.kind == "defense"], "dataset,model,attack,defense").set_index("record_variant")
+    assert lines.asr_mean.to_dict() == {"width 16": pytest.approx(0.1), "width 64": pytest.approx(0.5)}
+    assert lines.n.tolist() == [2, 2]
+    assert "badnet (width 64)" in say(capsys, "results", str(tmp_path))
+    told = say(capsys, "results", str(tmp_path), "--by", "defense")
+    assert "lines average over runs that differ in width, clean_samples" in told
+
+
+def test_a_backdoor_that_did_not_take_is_told_and_not_ranked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"ulrl": {"asr": 0.01}, "ft": {"method": "ft", "asr": 0.02}}
+    write_record(tmp_path / "dud", "sig", both, took=False)
+    write_record(tmp_path / "good", "badnet", both, took=True)
+    write_record(tmp_path / "unknown", "wanet", both, took=None)
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    summary = summarise(frame, "defense")
+    assert summary[~summary.failed].records.tolist() == [2, 2, 2]
+    assert summary[summary.failed].records.tolist() == [1, 1, 1]
+    assert not best_of(summary)[summary.failed].any(axis=None)
+    assert best_of(summary).asr.sum() == 1
+    printed = say(capsys, "results", str(tmp_path))
+    assert printed.count("sig (did not take)") == 3
+    assert "did not take, nothing is ranked" in printed
 
 
 def test_without_defense_only_defended_runs_are_averaged(study: Path) -> None:
@@ -174,7 +254,7 @@ DAMAGES: list[Any] = [
     *({"kind": k} for k in ("other", None)), {"method": 3}, {"seed": "0"}, {"seed": 2**70}, {"flagged": [0.5]},
     {"seconds": {"total": 1}}, {"seconds": {"total": "1", "judge": 0}}, {"der": 2.0}, {"der": True}, {"after": None},
     {"after": {"acc": 1.5, "asr": 0, "ra": 0}}, {"options": {"ratio": "much"}}, {"record": "half \ud800"},
-    {"evidence": {"z": float("nan")}}, {"before": None}, {"oracle": {"acc": 1}},
+    {"evidence": {"z": float("nan")}}, {"before": None}, {"oracle": {"acc": 1}}, {"took": "no"}, {"took": 1},
 ]  # fmt: skip
 
 
@@ -210,7 +290,12 @@ share = st.none() | st.floats(0, 1)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(odd, odd, share, share, share, st.integers(0, 2**63 - 1)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(odd, odd, share, share, share, st.integers(0, 2**63 - 1)),
+        min_size=1, max_size=4, unique_by=lambda row: row[-1],
+    )
+)  # fmt: skip
 def test_any_names_and_values_can_be_shown(rows: list[tuple[Any, ...]]) -> None:
     results = [
         result(method=method, attack=attack, acc=acc, asr=asr, ra=asr, der=der, seed=seed)
@@ -218,7 +303,7 @@ def test_any_names_and_values_can_be_shown(rows: list[tuple[Any, ...]]) -> None:
     ]
     summary = summarise(frame_of(results), "attack,defense,seed")
     assert summary.n.sum() == len(rows)
-    markdown = summary_markdown(summary).splitlines()
+    markdown = summary_markdown(summary).split("\n\n")[0].splitlines()
     assert len(markdown) == 2 + len(summary), "no name breaks a line"
     assert summary_latex(summary).count(r"\\") >= len(summary)
     assert summary_table(summary, rows[0][0]).row_count == len(summary)

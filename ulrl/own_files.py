@@ -16,18 +16,19 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ulrl.configure import options_of
 from ulrl.data.batches import augment, normalise
 from ulrl.data.imagefiles import common_size, read_images
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.data.layouts import IMAGENET, by_class, height_and_width, subfolders
-from ulrl.defenses.base import Defense
+from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
 from ulrl.files import find_input
+from ulrl.machine import pick_device
 from ulrl.options import option
 from ulrl.own_model import Purified, Suspicion, purify, suspect
 from ulrl.own_model.given import head_size
 from ulrl.own_model.saving import check_weights_output
-from ulrl.runs.common import options_of, pick_device
 from ulrl.seeds import generator
 
 # What training scripts wrap a state_dict in, BackdoorBench's and DataParallel's among them.
@@ -90,14 +91,19 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     return model, _with_head(images, classes, run.images)
 
 
+def diagnosis(defense: Defense) -> Defense:
+    """The ULRL that diagnoses: `defense` where it is one, else one with its seed."""
+    return defense if defense.name == "ulrl" else DEFENSES["ulrl"](random_seed=defense.random_seed)
+
+
 def diagnose(model: nn.Module, images: ImageSet, defense: Defense) -> Suspicion:
-    """`suspect` with all images; the options are those given to `defense` where it is ULRL, else only its seed counts.
+    """`suspect` with all images and the options of `diagnosis` that were given.
 
     Raises:
         UserError: as `suspect`.
     """
-    given = options_of(defense) if defense.name == "ulrl" else {"random_seed": defense.random_seed}
-    options = {k: v for k, v in given.items() if v != getattr(type(defense), k)}
+    by = diagnosis(defense)
+    options = {k: v for k, v in options_of(by).items() if v != getattr(type(by), k)}
     return suspect(model, normalise(images.images, images.spec), images.labels, progress=True, **options)
 
 

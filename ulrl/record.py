@@ -24,7 +24,7 @@ from PIL import Image
 
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.files import save_torch, whole_file
+from ulrl.files import home, save_torch, whole_file
 
 RESULT_FILE = "attack_result.pt"
 INFO_FILE = "info.pickle"
@@ -201,6 +201,18 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         bd_test=_read_state(file, "bd_test", raw["bd_test"], classes),
         attack=_attack_name(folder),
     )
+
+
+def find_record(result_file: str, flag: str = "--result_file") -> Record:
+    """The record that `flag` names.
+
+    Raises:
+        UserError: no name given, no such record, or one that cannot be read.
+    """
+    if not result_file:
+        raise UserError(f"{flag} is missing: give the name of a record under record/")
+    named = home() / "record" / result_file
+    return load_record(named if (named / RESULT_FILE).exists() or not Path(result_file).is_dir() else Path(result_file))
 
 
 def write_record(

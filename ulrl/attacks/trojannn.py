@@ -15,9 +15,9 @@ from ulrl.attacks.lab import Lab
 from ulrl.data.batches import normalise
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
+from ulrl.machine import autocast
 from ulrl.models.head import find_head
 from ulrl.options import option
-from ulrl.training import autocast
 
 
 @register("trojannn")

@@ -13,7 +13,8 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.outliers import OutlierPruning, Scores
 from ulrl.errors import UserError
-from ulrl.training import EVAL_BATCH, Monitor
+from ulrl.machine import eval_batch
+from ulrl.training import Monitor
 
 
 @register("bnp")
@@ -75,7 +76,7 @@ def _clean_moments(
         variance, mean = (t.double() for t in torch.var_mean(x, [0, *range(2, x.ndim)], correction=0))
         seen[name].append(torch.stack([torch.ones_like(mean), mean, variance + mean.square()]) * len(x))
 
-    batches = Batches(clean, EVAL_BATCH[clean.device.type])
+    batches = Batches(clean, eval_batch(clean.device))
     model.eval()
     with contextlib.ExitStack() as hooks, monitor.stage("score", len(batches)) as progress:
         for name, norm in norms.items():

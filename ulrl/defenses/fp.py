@@ -18,7 +18,7 @@ from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.selection import within
 from ulrl.models.head import find_head
 from ulrl.options import option
-from ulrl.training import Monitor, penultimate, predict
+from ulrl.training import Monitor, head_inputs, predict
 
 
 @register("fp")
@@ -46,7 +46,7 @@ class FinePruning(FineTuning):
         width, weight = head.weight.shape[1], head.weight.detach().clone()
         counts = range(0, width, math.ceil(self.once_prune_ratio * width))
         with monitor.stage("select", len(counts)) as progress, torch.no_grad():
-            features = penultimate(model, clean, self.amp, head_name).to(clean.device)
+            features = head_inputs(model, head, clean, self.amp)
             activation = features.abs().mean(0)
             rank = activation.argsort(stable=True).argsort()  # 0 is pruned first
             hits = []

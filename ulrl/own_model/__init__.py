@@ -3,6 +3,17 @@
 from ulrl.own_model.evaluating import evaluate
 from ulrl.own_model.given import Note
 from ulrl.own_model.purifying import Purified, purify
-from ulrl.own_model.suspecting import Suspicion, suspect
+from ulrl.own_model.suspecting import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN, Suspicion, suspect
 
-__all__ = ["Note", "Purified", "Suspicion", "evaluate", "purify", "suspect"]
+__all__ = [
+    "BACKDOORED",
+    "NO_EVIDENCE",
+    "NO_VERDICT",
+    "UNCERTAIN",
+    "Note",
+    "Purified",
+    "Suspicion",
+    "evaluate",
+    "purify",
+    "suspect",
+]

@@ -16,9 +16,10 @@ from torch import nn
 from ulrl.data.imageset import DatasetSpec, InputSet
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
+from ulrl.machine import eval_batch, pick_device
 from ulrl.metrics import agreement
 from ulrl.options import Schema
-from ulrl.training import EVAL_BATCH, Monitor
+from ulrl.training import Monitor
 
 Images = Any  # a tensor, an array, or any iterable of batches of them
 Augment = Callable[[torch.Tensor], torch.Tensor]
@@ -69,7 +70,7 @@ def prepare(
     x, y = x.to(place), y.to(place)
     classes = head_size(subject, x)
     with torch.no_grad():
-        logits = torch.cat([subject(part).float() for part in x.split(EVAL_BATCH[place.type])])
+        logits = torch.cat([subject(part).float() for part in x.split(eval_batch(place))])
     if not logits.isfinite().all():
         raise UserError("the model gives NaN or infinite logits for some images; check it, and their normalisation")
     if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-3).all():
@@ -209,12 +210,7 @@ def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device
         raise UserError("the model has no parameters, so there is nothing to repair")
     if wanted is None:
         return tensor.device
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {str(wanted)!r}: there is no such device on this machine; leave it out") from None
-    return device
+    return pick_device(str(wanted))
 
 
 def head_size(model: nn.Module, x: torch.Tensor) -> int:

@@ -105,7 +105,7 @@ def purify(
             raise UserError(f"{name} is {share}; give a share from 0 to {high}")
     given = prepare(model, images, labels, augment, device)
     start, monitor, notes, clean = time.perf_counter(), make_monitor(progress), given.notes, given.clean
-    defense.check(given.model, clean.spec.num_classes)
+    defense.check(given.model, clean)
     train, held_out = clean, clean
     if enough := round(hold_out * len(clean)) >= HELD_OUT_AT_LEAST:
         train, held_out = split(clean, hold_out, defense.random_seed)

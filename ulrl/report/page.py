@@ -25,12 +25,12 @@ from PIL import Image
 from ulrl import __version__
 from ulrl.errors import UserError
 from ulrl.files import whole_file
+from ulrl.report.frame import frame_of_runs
 from ulrl.report.plots import highest, signed_z
 from ulrl.report.results import (
     Run,
     class_names,
     find_runs,
-    frame_of_runs,
     may_show,
     neurons_of,
     printable,

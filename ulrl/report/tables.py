@@ -13,7 +13,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ulrl.report.results import FIGURES, KEYS, NO_DEFENSE, best_of, frame_of, printable, summarise
+from ulrl.record import Record
+from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of
+from ulrl.report.pooling import best_of, notes_of, summarise
+from ulrl.report.results import Run, printable
 
 
 def _percent(value: float | None) -> str:
@@ -46,6 +49,36 @@ def result_table(result: dict[str, Any]) -> RenderableType:
     return Group(table, lines)
 
 
+def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
+    """What is planted in a record, how well it works, its pictures, and what defenses have come to so far.
+
+    runs: those of the record; its own is missing where BackdoorBench made it.
+    """
+    labels = record.bd_test.labels[~record.bd_test.cover].unique().tolist()
+    planted = "nothing that is told" if record.attack is None else record.attack
+    if len(labels) == 1:
+        planted += f", target {labels[0]}"
+    about = Table.grid(padding=(0, 2))
+    about.add_row("planted", escape(printable(f"{planted}; {len(record.bd_test.labels)} triggered test images")))
+    about.add_row("on", escape(printable(f"{record.dataset}, {record.num_classes} classes, {record.model_name}")))
+    table = Table(title=escape(printable(record.name)), title_style="bold")
+    for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
+        table.add_column(column, justify="right" if column.endswith("%") else "left")
+    for run in runs:
+        result, figures = run.result, [_percent(run.result["after"][k]) for k in ("acc", "asr", "ra")]
+        if result["kind"] == "attack":
+            table.add_row("no defense", *figures, "", "")
+            continue
+        flagged = flagged_text(result["flagged"], labels[0] if len(labels) == 1 else None)
+        name = escape(printable(run.folder.name))
+        table.add_row(name, *figures, _percent(result["der"]), escape(printable(flagged)))
+    pictures = sorted(p.relative_to(record.folder).as_posix() for p in record.folder.glob("*.png"))
+    pictures += sorted(p.relative_to(record.folder).as_posix() for p in record.folder.glob("defense/*/*.png"))
+    about.add_row("in", escape(printable(str(record.folder))))
+    about.add_row("pictures", escape(printable(", ".join(pictures) or "none")))
+    return Group(about, table if runs else "no run has been judged here yet")
+
+
 def flagged_text(flagged: Sequence[int], target: int | None) -> str:
     """The flagged classes, and whether the attacker's target, where it is known to be one, is among them."""
     named = ", ".join(map(str, flagged)) or "none"
@@ -63,7 +96,7 @@ def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
     """
     runs = frame_of(results)
     before = runs.iloc[:1].assign(
-        kind="attack", defense=NO_DEFENSE, der=math.nan, seconds=math.nan, **results[0]["before"]
+        kind="attack", defense=NO_DEFENSE, settings="", der=math.nan, seconds=math.nan, **results[0]["before"]
     )
     summary = summarise(pd.concat([before, runs])[list(runs.columns)], "defense")
     return summary_table(summary, f"defenses on {record}")
@@ -71,10 +104,11 @@ def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
 
 def summary_table(summary: pd.DataFrame, title: str) -> Table:
     """What `summarise` made, for the terminal; a key with one value for all lines stands below, not in a column."""
-    shared = [k for k in summary if k in KEYS and len(summary) > 1 and summary[k].nunique(dropna=False) == 1]
-    about = ", ".join(_key_text(summary[k].iloc[0]) for k in shared)
-    cells, bold = (part.drop(columns=shared) for part in summary_cells(summary))
-    caption = "mean ± sample standard deviation" + (f"\n{escape(printable(about))}" if about else "")
+    cells, bold = summary_cells(summary)
+    shared = [k for k in cells if k in KEYS and len(cells) > 1 and cells[k].nunique() == 1]
+    about = ", ".join(cells[k].iloc[0] for k in shared)
+    cells, bold = cells.drop(columns=shared), bold.drop(columns=shared)
+    caption = "\n".join(escape(printable(text)) for text in (SPREAD, about, *notes_of(summary)) if text)
     table = Table(
         title=escape(printable(title)), title_style="bold", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -94,16 +128,21 @@ def summary_table(summary: pd.DataFrame, title: str) -> Table:
 
 
 def summary_markdown(summary: pd.DataFrame) -> str:
-    """The same as a table of Markdown."""
+    """The same as a table of Markdown, and below it what has to be known besides."""
     cells, bold = summary_cells(summary)
-    marked = cells.map(lambda text: re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(text)))
+
+    def spelled(text: str) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(text))
+
+    marked = cells.map(spelled)
     marked = marked.where(~bold, "**" + marked + "**")
     rule = ["---:" if column in HEADS.values() else "---" for column in cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (map(str, cells), rule, *marked.to_numpy().tolist()))
+    table = "".join(f"| {' | '.join(row)} |\n" for row in (map(str, cells), rule, *marked.to_numpy().tolist()))
+    return table + "".join(f"\n{spelled(note)}\n" for note in (SPREAD, *notes_of(summary)))
 
 
 def summary_latex(summary: pd.DataFrame) -> str:
-    """The same for a paper: a `tabular` with booktabs' rules."""
+    """The same for a paper: a `tabular` with booktabs' rules; what has to be known besides is comments below it."""
     cells, bold = summary_cells(summary)
     style = cells.map(printable).rename(columns=lambda name: name.replace("%", r"\%")).style.hide(axis="index")
     style = style.format(escape="latex").format(
@@ -111,15 +150,30 @@ def summary_latex(summary: pd.DataFrame) -> str:
     )
     style = style.apply(lambda _: bold.to_numpy().choose(["", "textbf:--rwrap;"]), axis=None)
     alignment = "".join("l" if column in KEYS else "r" for column in cells)
-    return style.to_latex(hrules=True, column_format=alignment)
+    table = style.to_latex(hrules=True, column_format=alignment)
+    return table + "".join(f"% {printable(note)}\n" for note in (SPREAD, *notes_of(summary)))
 
 
-HEADS = {"acc": "ACC %", "asr": "ASR %", "ra": "RA %", "der": "DER %", "seconds": "s", "n": "n"}
+SPREAD = "mean ± sample standard deviation over the n runs; over the records where they are several"
+HEADS = {
+    "acc": "ACC %", "asr": "ASR %", "ra": "RA %", "der": "DER %", "seconds": "s", "n": "n", "records": "records"
+}  # fmt: skip
 
 
 def summary_cells(summary: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Texts for the keys and figures, and which of them are the best; both of one shape. Missing is "-"."""
-    cells = pd.DataFrame({k: summary[k].map(_key_text) for k in summary if k in KEYS}, dtype="object")
+    """Texts for the keys and figures, and which of them are the best; both of one shape. Missing is "-".
+
+    What sets a line apart besides its keys, an option or a backdoor that did not take, is said beside the key.
+    """
+    keys = [k for k in summary if k in KEYS]
+    cells = pd.DataFrame({k: summary[k].map(_key_text) for k in keys}, dtype="object")
+    beside = next((k for k in ("attack", "record") if k in keys), keys[-1])
+    for key, words in (
+        ("defense", summary.variant), ("attack", summary.record_variant),
+        (beside, summary.failed.map({True: "did not take", False: ""})),
+    ):  # fmt: skip
+        if key in keys:
+            cells[key] += words.map(lambda text: f" ({text})" if text else "").astype("object")
     for figure in FIGURES:
         parts = (summary[f"{figure}_{part}"] for part in ("mean", "std", "n"))
         scale = 1 if figure == "seconds" else 100
@@ -127,7 +181,9 @@ def summary_cells(summary: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             _spread(mean, deviation, scale) + (f" (n {known})" if 0 < known < n else "")
             for mean, deviation, known, n in zip(*parts, summary.n, strict=True)
         ]
-    cells["n"] = summary.n.astype(str)
+    for count in ("n", "records"):
+        if count == "n" or (summary.records > 1).any():
+            cells[HEADS[count]] = summary[count].astype(str)
     best = best_of(summary)
     bold = pd.DataFrame(False, index=cells.index, columns=cells.columns)
     for figure in map(str, best):
@@ -160,12 +216,16 @@ def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -
     return table
 
 
-def accuracy_table(before: float, after: float, samples: str, flagged: Sequence[str]) -> Table:
-    """What a repair cost; samples says on which."""
-    table = Table(title="repaired", title_style="bold", caption=samples, min_width=len(samples))
+def accuracy_table(report: dict[str, Any], flagged: Sequence[str]) -> Table:
+    """What a repair cost, by the report of `ulrl.purify`."""
+    about = f"on {report['held_out']} clean images that were held out"
+    if not report["held_out"]:
+        about = f"on the {report['samples']} clean images that it was repaired with"
+    table = Table(title="repaired", title_style="bold", caption=about, min_width=len(about))
     for column in ("ACC before %", "ACC after %", "flagged"):
         table.add_column(column, justify="right")
-    table.add_row(_percent(before), _percent(after), escape(printable(", ".join(flagged) or "none")))
+    named = escape(printable(", ".join(flagged) or "none"))
+    table.add_row(_percent(report["accuracy_before"]), _percent(report["accuracy_after"]), named)
     return table
 
 

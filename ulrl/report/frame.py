@@ -1,0 +1,127 @@
+"""Finished runs as one table, a row each, which knows what was run twice and on which record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ulrl.errors import UserError
+from ulrl.files import whole_file
+from ulrl.registry import nearest
+from ulrl.report.results import Run
+
+KEYS = ("dataset", "model", "attack", "pratio", "defense", "ratio", "record", "seed")
+FIGURES = ("acc", "asr", "ra", "der", "seconds")
+NO_DEFENSE = "no defense"
+ORACLE = " (oracle)"
+# Options that say where things lie, what is watched, or what stands in a column of its own.
+_NO_SETTING = frozenset(
+    "random_seed dataset model dataset_path device eval_every report_oracle yaml_path bd_yaml_path result_file "
+    "save_folder_name overwrite".split()
+)
+
+
+def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str, Any] | None] | None = None) -> (
+    pd.DataFrame
+):  # fmt: skip
+    """One row per run, and one more per oracle choice: KEYS, FIGURES, and
+
+    kind (attack or defense); oracle (bool); clean_samples; flagged (classes, with spaces between); options, as
+    JSON; settings and record_settings: the options of the defense and of what made its record, without seeds and
+    folders, as JSON ("" of an attack, and where nothing is known); origin, the same text for the same record; took
+    (whether the record's backdoor did, or NA); repeat (bool): an earlier row has the same record, settings and seed.
+    ACC, ASR, RA and DER are fractions. What is unknown is NaN or None. seconds are without the judge's.
+
+    results: checked `result.json`s. makers: for each that of the attack that made its record, where that is known.
+    """
+    rows = []
+    results = list(results)
+    for r, maker in zip(results, makers or [None] * len(results), strict=True):
+        options, defended = r["options"], r["kind"] == "defense"
+        maker = maker if defended else r
+        of = [r["dataset"], r["model"], r["attack"]]
+        row = {
+            "kind": r["kind"], "dataset": r["dataset"], "model": r["model"], "attack": r["attack"],
+            "pratio": maker["options"].get("pratio") if maker else None,
+            "defense": r["method"] if defended else NO_DEFENSE,
+            "ratio": options.get("ratio") if defended and options.get("index") is None else None,
+            "record": r["record"], "seed": r["seed"], "oracle": False,
+            **{k: r["after"][k] for k in ("acc", "asr", "ra")},
+            "der": r["der"], "seconds": r["seconds"]["total"] - r["seconds"]["judge"],
+            "clean_samples": r["clean_samples"], "flagged": " ".join(map(str, r["flagged"])),
+            "options": json.dumps(options), "settings": _settings(options) if defended else "",
+            "record_settings": _settings(maker["options"]) if maker else "",
+            "origin": json.dumps([*of, _settings(maker["options"]), maker["seed"]] if maker else [*of, r["record"]]),
+            "took": maker.get("took") if maker else None,
+        }  # fmt: skip
+        rows.append(row)
+        if oracle := r.get("oracle"):  # chosen by looking at the test set: never the defense's own figure
+            figures = {k: oracle[k] for k in ("acc", "asr", "ra")}
+            rows.append(row | figures | {"oracle": True, "defense": row["defense"] + ORACLE, "der": None,
+                                         "seconds": None})  # fmt: skip
+    columns = ["kind", *KEYS, "oracle", *FIGURES, "clean_samples", "flagged", "options", "settings",
+               "record_settings", "origin", "took"]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=columns)
+    numbers = {k: "float64" for k in (*FIGURES, "pratio", "ratio", "clean_samples")}
+    frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean"})
+    return frame.assign(repeat=frame.duplicated(["defense", "settings", "origin", "seed"]))
+
+
+def frame_of_runs(runs: list[Run]) -> pd.DataFrame:
+    """As `frame_of`; the index is the run's folder, and what made a record is looked up among the runs."""
+    made = {run.folder: run.result for run in runs if run.result["kind"] == "attack"}
+    frame = frame_of([run.result for run in runs], [made.get(run.record) for run in runs])
+    folders = [str(run.folder) for run in runs for _ in range(1 + bool(run.result.get("oracle")))]
+    return frame.set_axis(pd.Index(folders, name="folder", dtype="object"))
+
+
+def select(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
+    """The rows for which every `key=value` of `where` (with commas between) holds.
+
+    Raises:
+        UserError: not of that form, or an unknown key.
+    """
+    for condition in where.split(",") if where else ():
+        key, equals, value = (part.strip() for part in condition.partition("="))
+        if not equals:
+            raise UserError(f"--where {condition!r} is not key=value")
+        column = frame[known_key(key, "--where")]
+        if pd.api.types.is_numeric_dtype(column):
+            try:
+                frame = frame[column == float(value)]
+            except ValueError:
+                raise UserError(f"--where {key}={value}: {value!r} is not a number") from None
+        else:
+            frame = frame[column == value]
+    return frame
+
+
+def known_key(name: str, flag: str) -> str:
+    if name not in KEYS:
+        raise UserError(f"{flag}: unknown key {name!r}{nearest(name, list(KEYS))}")
+    return name
+
+
+def export_frame(frame: pd.DataFrame, path: Path) -> None:
+    """Write what `frame_of_runs` made, a row per run, as Parquet or CSV by the name's ending.
+
+    Raises:
+        UserError: another ending.
+    """
+    if path.suffix not in (".parquet", ".csv"):
+        raise UserError(f"--export {path}: the name must end in .parquet or .csv")
+    with whole_file(path) as partial:
+        if path.suffix == ".csv":
+            frame.to_csv(partial)
+        else:
+            frame.to_parquet(partial)
+
+
+def _settings(options: Mapping[str, Any]) -> str:
+    """What was run, whatever its seed: the same text for the same options; what is None may as well be absent."""
+    kept = {name: value for name, value in options.items() if name not in _NO_SETTING and value is not None}
+    return json.dumps(kept, sort_keys=True)
