@@ -40,8 +40,10 @@ class RNP(MaskPruning, Unlearning):
     recovering_lr: float = option(0.2, "learning rate of recovering", source=_RELEASE, low=0)
     recovering_epochs: int = option(20, "recovering epochs", source=_RELEASE, low=1)
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        norm_layers(model)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        norm_layers(model)  # says so before the work, where there is none
         train, validation = self.set_aside(clean)
         unlearned = self.unlearn(model, train, monitor)
         values = self._recover(unlearned.model, train, monitor)
