@@ -47,7 +47,9 @@ def gtsrb(folder: Path) -> Splits:
         train, test = base / "GTSRB" / "Training", base / "GTSRB" / "Final_Test" / "Images"
         if train.is_dir():
             return by_class(train, classes), _gtsrb_csv(base / "GT-final_test.csv", test)
-    by_torchvision = f"torchvision.datasets.GTSRB({str(folder.parent)!r}, 'train', download=True), and 'test', fetches it"
+    by_torchvision = (
+        f"torchvision.datasets.GTSRB({str(folder.parent)!r}, 'train', download=True), and 'test', fetches it"
+    )
     raise UserError(
         f"GTSRB is missing: {folder} holds neither BackdoorBench's Train/ nor torchvision's GTSRB/Training/; "
         + _how_to_fetch("sh/fetch_gtsrb.sh", by_torchvision)
