@@ -8,7 +8,8 @@ import fcntl
 import io
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,10 @@ def save_torch(content: Any, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
+
+
+def in_threads(work: Callable[[int], None], n: int) -> None:
+    """`work(0)` to `work(n - 1)`; PIL lets threads run side by side while it codes."""
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(work, range(n)):
+            pass

@@ -22,7 +22,8 @@ from ulrl.files import find_input, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import load_model
-from ulrl.record import Record, write_defense_result
+from ulrl.record import Record
+from ulrl.record_writer import write_defense_result
 from ulrl.runs.common import (
     EpochJudge,
     log_file,
