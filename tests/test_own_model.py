@@ -732,5 +732,7 @@ def test_the_example_runs_as_it_stands(
         shutil.copytree(files / "photos" / name, tmp_path / "few" / name)
     torch.save(example.network(3).state_dict(), tmp_path / "weights.pt")
     example.main(str(tmp_path / "weights.pt"), str(tmp_path / "few"), str(tmp_path / "repaired.pt"), size=32)
-    assert ": look at digit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no verdict\nnote: the model reads only" in said, "it was never trained"
+    assert "samples held out" in said
     example.network(3).load_state_dict(torch.load(tmp_path / "repaired.pt"), strict=True)
