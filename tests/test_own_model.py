@@ -672,8 +672,8 @@ def test_classes_by_number_and_other_methods(files: Path, capsys: pytest.Capture
 def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(files, *FILES, "--mean", "9", "--std", "0.01", *SHORT, *more.split()) == 2
     said = capsys.readouterr()
-    assert "no verdict: the model reads only" in said.err
-    assert "--img_size, --mean, --std and the order of the subfolders" in said.err.splitlines()[-1]
+    assert "the model reads only" in said.err
+    assert "no verdict; look at --img_size, --mean, --std" in said.err.splitlines()[-1]
     assert said.out == ""
     assert not (files / "wrong.pt").exists()
 
@@ -686,6 +686,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES)} --out repaired.onnx", "--out repaired.onnx: name a file that ends in .safetensors"),
         (f"{' '.join(FILES)} --out no/such/place.pt", "there is no folder no/such"),
         (f"{' '.join(FILES)} --check --method ulr", "did you mean 'ulrl'"),
+        (f"{' '.join(FILES)} --out x.pt --method abl", "repairs while it trains on the poisoned training set"),
         (f"{' '.join(FILES)} --check --methods ulrl", "--methods; did you mean '--method'"),
         (f"{' '.join(FILES)} --check --mean 0.5 0.5", "--mean and --std take three numbers each"),
         (f"{' '.join(FILES)} --check --mean x", "--mean: ['x'] is not a list of numbers"),
