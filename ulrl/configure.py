@@ -80,6 +80,7 @@ class DefenseRun(RunOptions):
     save_folder_name: str | None = option(
         None, "folder of the results, under the record's defense/; the defense's name"
     )
+    overwrite: bool = option(False, "replace the results of that name")
     report_oracle: bool = option(
         False, "afterwards, judge every strength the defense could have chosen too; what the test set would choose "
         "is reported as `oracle` beside the result, never in its place",

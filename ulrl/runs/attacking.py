@@ -26,7 +26,8 @@ from ulrl.files import home, save_torch, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device
 from ulrl.metrics import Judgement, perceptibility
 from ulrl.models import build_model, load_model
-from ulrl.record import find_record, write_record
+from ulrl.record import find_record
+from ulrl.record_writer import write_record
 from ulrl.runs.common import (
     SAMPLES_FILE,
     EpochJudge,
