@@ -21,13 +21,13 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ulrl.configure import DefenseRun, defense_layers  # noqa: E402
 from ulrl.defenses.base import DEFENSES, Defense  # noqa: E402
 from ulrl.errors import UserError  # noqa: E402
 from ulrl.files import home  # noqa: E402
 from ulrl.options import Schema  # noqa: E402
 from ulrl.record import load_record  # noqa: E402
-from ulrl.runs.common import defense_layers  # noqa: E402
-from ulrl.runs.defending import DefenseRun, run_once  # noqa: E402
+from ulrl.runs.defending import run_once  # noqa: E402
 
 RECORDS = ("badnet", "blended", "sig", "lf", "wanet", "inputaware", "trojannn", "ssba")
 FAMILY = ("ulrl", "rnp", "tsbd", "fst", "ft", "ft-sam")  # three seeds with 1%; everything else has one
@@ -61,7 +61,7 @@ def main() -> None:
                 name = folder(defense, args.ratio, seed)
                 run = DefenseRun(ratio=args.ratio, random_seed=seed, save_folder_name=name)
                 try:
-                    after = run_once(options(defense, seed), record, run)["after"]
+                    after = run_once(options(defense, seed), record, run)[1]["after"]
                     print(defense, attack, seed, {k: round(after[k], 4) for k in ("acc", "asr", "ra")}, flush=True)
                 except UserError as error:
                     print(defense, attack, seed, error, flush=True)

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import DEFENSES
+from ulrl.machine import PeakMemory
 from ulrl.models import build_model
-from ulrl.runs.common import peak_memory_mb
 from ulrl.seeds import generator
 from ulrl.training import Monitor
 
@@ -39,7 +39,7 @@ def main() -> None:
     # A threshold below any accuracy keeps unlearning going for all its epochs.
     defense = DEFENSES["ulrl"](unlearning_epochs=args.epochs, relearn_epochs=args.epochs, clean_threshold=-1.0)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    monitor, start = Monitor(), time.perf_counter()
+    peak, monitor, start = PeakMemory(device), Monitor(), time.perf_counter()
     with profile(activities=activities) as profiler:
         defense.run(model, clean, monitor)
     total = time.perf_counter() - start
@@ -47,7 +47,7 @@ def main() -> None:
     for stage, seconds in monitor.seconds.items():
         print(f"{stage:10} {seconds:7.2f} s")
     print(f"{'the rest':10} {total - sum(monitor.seconds.values()):7.2f} s   (copying, ranking, reinitialising)")
-    print(f"peak memory {peak_memory_mb(device):.0f} MB, the profiler's own included")
+    print(f"peak memory {peak.mb():.0f} MB, the profiler's own included")
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40))
 

@@ -17,13 +17,15 @@ from scipy.fft import dctn, idctn
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.attacks.lab import Lab
+from ulrl.configure import AttackRun
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
 from ulrl.metrics import perceptibility
 from ulrl.models import build_model
 from ulrl.record import load_record
-from ulrl.runs.attacking import AttackRun, run_attack
+from ulrl.report.pictures import draw
+from ulrl.runs.attacking import run_attack
 from ulrl.training import Monitor, TrainOptions
 
 CLEAN_LABEL = {"sig", "lc", "ctrl"}
@@ -222,6 +224,7 @@ def test_record_holds_what_the_attack_did(name: str, tmp_path: Path, monkeypatch
     assert (poisoned.labels == 3).all()
     from_record = kept.poison(test.images[poisoned.original_indices], train=False)
     assert torch.equal(poisoned.images, from_record), "the record's own parameters make the trigger again"
+    draw(folder)
     assert (folder / "trigger_preview.png").stat().st_size > 1000
     hidden = result["evidence"]["perceptibility"]
     assert 0 < hidden["linf"] <= 1

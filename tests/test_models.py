@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ulrl.cli import attack_main, defense_main
+from ulrl.configure import AttackRun
 from ulrl.data.datasets import SPECS
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import DEFENSES, Repair
@@ -24,7 +25,6 @@ from ulrl.models.architectures import ARCHITECTURES
 from ulrl.models.head import find_head
 from ulrl.options import Schema
 from ulrl.record import load_record
-from ulrl.runs.attacking import AttackRun
 from ulrl.training import Monitor
 from ulrl.tv import torchvision
 

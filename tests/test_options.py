@@ -19,12 +19,11 @@ from manners import refused
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main
+from ulrl.configure import AttackRun, DefenseRun
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import IGNORED, Schema, option
-from ulrl.runs.attacking import AttackRun
-from ulrl.runs.defending import DefenseRun
 from ulrl.training import TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,7 +279,7 @@ def test_yaml_files_that_cannot_be_read(tmp_path: Path) -> None:
     refused(lambda: TOY.yaml(tmp_path), str(tmp_path))
     binary = tmp_path / "model.pt"
     binary.write_bytes(bytes(range(256)))
-    refused(lambda: TOY.yaml(binary), str(binary), "not YAML")
+    refused(lambda: TOY.yaml(binary), str(binary), "no text")
     refused(lambda: TOY.yaml("x" * 5000), "xxx")
 
 

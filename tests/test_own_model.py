@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import ulrl
 from ulrl import UserError
 from ulrl.cli import main
+from ulrl.defenses.base import DEFENSES
+from ulrl.options import Schema
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 7
@@ -175,11 +177,11 @@ def test_augmentation_is_the_users_and_only_in_training(
 def test_every_method_takes_a_users_model(
     method: str, backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    defense = ulrl.own_model.DEFENSES[method]
+    defense = DEFENSES[method]
     short = {
         k: v
         for k, v in {"epochs": 1, "unlearning_epochs": 2, "relearn_epochs": 1, "nc_epoch": 1, "nb_iter": 20}.items()
-        if k in ulrl.own_model.Schema(defense).fields
+        if k in Schema(defense).fields
     }
     result = ulrl.purify(backdoored, *clean, method=method, **short)
     Net().load_state_dict(result.model.state_dict(), strict=True)

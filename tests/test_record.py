@@ -23,7 +23,9 @@ from PIL import Image
 
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.record import RESULT_FILE, PoisonState, load_record, write_defense_result, write_record
+from ulrl.poison_state import PoisonState
+from ulrl.record import RESULT_FILE, load_record
+from ulrl.record_writer import write_defense_result, write_record
 
 SPEC = DatasetSpec("toy", peer.CLASSES, 3, peer.HEIGHT, peer.WIDTH, (0.5,) * 3, (0.25,) * 3)
 GRAY = replace(SPEC, channels=1, mean=(0.5,), std=(0.25,))
@@ -440,7 +442,7 @@ def test_a_truncated_file_is_refused(record: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_flipped_bytes_never_end_in_a_traceback(record: Path, seed: int) -> None:
     rng = random.Random(seed)
     file = record / RESULT_FILE
@@ -453,7 +455,7 @@ def test_flipped_bytes_never_end_in_a_traceback(record: Path, seed: int) -> None
         return bytes(flipped)
 
     outcomes = []
-    for _ in range(60):  # anywhere in the file; then in the pickle alone, with checksums that fit
+    for _ in range(12):  # anywhere in the file; then in the pickle alone, with checksums that fit
         file.write_bytes(flip(whole))
         outcomes.append(opens(record))
         file.write_bytes(whole)

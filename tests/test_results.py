@@ -20,6 +20,7 @@ from manners import refused
 from rich.console import Console
 
 from ulrl.cli import main
+from ulrl.configure import DefenseRun, options_of
 from ulrl.defenses.base import DEFENSES
 from ulrl.options import Schema
 from ulrl.report.frame import frame_of, frame_of_runs, select
@@ -27,8 +28,6 @@ from ulrl.report.page import repeat_command
 from ulrl.report.pooling import best_of, in_order, notes_of, summarise
 from ulrl.report.results import find_runs
 from ulrl.report.tables import summary_cells, summary_latex, summary_markdown, summary_table
-from ulrl.runs.common import options_of
-from ulrl.runs.defending import DefenseRun
 
 
 @pytest.fixture

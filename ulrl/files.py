@@ -8,7 +8,8 @@ import fcntl
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def find_input(path: str | os.PathLike[str]) -> Path:
     given = Path(path).expanduser()
     places = [given] if given.is_absolute() else [given, home() / given, PACKAGE_ROOT / given]
     return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
+
+
+def check_output(path: Path, flag: str = "", suffixes: Sequence[str] = ()) -> None:
+    """Whether a file can be written there, and its name ends in one of `suffixes`, where there are any.
+
+    Raises:
+        UserError: it cannot; `flag` is what named it.
+    """
+    named = f"{flag} {path}".strip()
+    if suffixes and path.suffix not in suffixes:
+        raise UserError(f"{named}: name a file that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{named} is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{named}: there is no folder {path.parent}; make it first")
 
 
 @contextlib.contextmanager
@@ -136,3 +152,10 @@ def save_torch(content: Any, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
+
+
+def in_threads(work: Callable[[int], None], n: int) -> None:
+    """`work(0)` to `work(n - 1)`; PIL lets threads run side by side while it codes."""
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(work, range(n)):
+            pass

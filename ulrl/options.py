@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
-
 from ulrl.errors import UserError
 from ulrl.files import find_input
 from ulrl.registry import nearest
+from ulrl.untrusted.texts import read_yaml
 
 T = TypeVar("T")
 
@@ -157,23 +156,6 @@ class Schema:
             if bound is not None and value is not None and fails(value):
                 raise UserError(f"{where}: {value} must be {words} {bound}")
         return value
-
-
-def read_yaml(file: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds.
-
-    Raises:
-        UserError: no such file, not YAML, not a mapping.
-    """
-    try:
-        content = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, not a mapping of option: value lines")
-    return content
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,7 +6,6 @@ Nothing here waits for the device within an epoch: losses and hits are summed on
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import sys
 import time
@@ -22,37 +21,21 @@ from tqdm import tqdm
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
+from ulrl.machine import autocast, eval_batch
 from ulrl.metrics import Judgement, share
-from ulrl.models.head import find_head
+from ulrl.models.head import find_head, head_features
 from ulrl.options import option
-
-EVAL_BATCH = {"cpu": 128, "cuda": 1024}  # larger ones fall out of a CPU's cache and are slower (measured)
 
 SCHEDULERS = ("CosineAnnealingLR", "MultiStepLR", "ReduceLROnPlateau", "constant")
 OPTIMIZERS = ("sgd", "adamw")
-
-
-@functools.cache
-def has_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 matrices in hardware, so that autocast pays."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def autocast(device: torch.device, amp: bool) -> torch.autocast:
-    """bf16 autocast where `amp` is asked for and the device has it; fp32 elsewhere.
-
-    bf16 has fp32's range, so there is no loss scaling and no step is skipped for an overflow.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bf16(device))
 
 
 class Monitor:
     """Progress out of a run: a bar per stage, a history row per epoch, the seconds of each stage.
 
     `judge` is called with (stage, epoch, model) every `eval_every` epochs, when that is not 0. It returns
-    nothing and keeps its figures, so that `history` never holds one measured on the test sets.
+    nothing and keeps its figures, so that `history` never holds one measured on the test sets. `tell` is
+    called with (stage, steps done, steps at most) when a stage begins and after each of its steps.
     """
 
     def __init__(
@@ -61,12 +44,14 @@ class Monitor:
         eval_every: int = 0,
         *,
         bar: bool = False,
+        tell: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self._judge = judge
         self._every = eval_every
         self._bar = bar
+        self._tell = tell
 
     @contextlib.contextmanager
     def stage(self, name: str, steps: int) -> Iterator[Stage]:
@@ -74,7 +59,7 @@ class Monitor:
         start, judged = time.perf_counter(), self.seconds.get("judge", 0.0)
         interval = 0.1 if sys.stderr.isatty() else 60  # a file keeps every state of the bar
         with tqdm(total=steps, desc=name, disable=not self._bar, dynamic_ncols=True, mininterval=interval) as bar:
-            yield Stage(self, name, bar)
+            yield Stage(self, name, bar, steps)
         spent = time.perf_counter() - start - (self.seconds.get("judge", 0.0) - judged)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
@@ -89,14 +74,30 @@ class Monitor:
 class Stage:
     """What a training loop tells of itself."""
 
-    def __init__(self, monitor: Monitor, name: str, bar: tqdm[Any]) -> None:
+    def __init__(self, monitor: Monitor, name: str, bar: tqdm[Any], steps: int) -> None:
         self._monitor = monitor
         self._name = name
         self._bar = bar
+        self._steps = steps
+        self._done = 0
+        self._tell()
 
     def step(self) -> None:
         """One optimisation step is done."""
+        self._done += 1
         self._bar.update()
+        self._tell()
+
+    def reached(self) -> None:
+        """The stage ends here, as it has reached its goal: the bar is full."""
+        self._bar.set_description(f"{self._name}, goal reached", refresh=False)
+        self._bar.total = self._steps = self._done
+        self._bar.refresh()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._monitor._tell is not None:
+            self._monitor._tell(self._name, self._done, self._steps)
 
     def epoch(self, model: nn.Module, epoch: int, **figures: float) -> None:
         """Epoch `epoch` (from 1) is done, with its figures."""
@@ -157,6 +158,32 @@ def make_scheduler(
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
 
+@dataclass(frozen=True)
+class Sam:
+    """Sharpness-aware minimisation: the gradient is taken at the worst weights nearby.
+
+    Those are rho g / |g| away, over all weights (SAM, arXiv 2010.01412, equation 2), or adaptive, in proportion to
+    each weight: rho w^2 g / | |w| g | (ASAM, arXiv 2102.11600, equation 2, without its bias exception).
+    mix: share of the gradient at the worst weights; the rest is that at the weights themselves.
+    """
+
+    rho: float
+    adaptive: bool = False
+    mix: float = 1.0
+
+    @torch.no_grad()
+    def climb(self, parameters: list[nn.Parameter]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Move to the worst weights, in place: (the weights moved, by how much), to be taken back."""
+        moved: list[torch.Tensor] = [p for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in moved if p.grad is not None]
+        sizes = torch._foreach_abs(moved) if self.adaptive else [torch.ones((), device=g.device) for g in gradients]
+        scaled = torch._foreach_mul(gradients, sizes)
+        norm = torch.stack(torch._foreach_norm(scaled)).norm().clamp_min(1e-12)
+        steps = torch._foreach_mul(torch._foreach_mul(scaled, sizes), self.rho / norm)
+        torch._foreach_add_(moved, list(steps))
+        return moved, list(steps)
+
+
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -179,20 +206,16 @@ def fit(
     objective: Objective = cross_entropy,
     ascend: bool = False,
     clip: float | None = None,
-    sam_rho: float = 0.0,
-    sam_adaptive: bool = False,
-    sam_mix: float = 1.0,
+    sam: Sam | None = None,
     after_step: Callable[[], None] | None = None,
     stop: Callable[[float], bool] | None = None,
 ) -> bool:
     """Train `model` in place, for `epochs` passes over `batches`.
 
     objective: given (model, x, y) under autocast, the scalar to minimise and which samples were right
-    (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm. sam_rho:
-    radius of sharpness-aware minimisation, 0 for none, see `_climb`. sam_mix: share of the gradient at the
-    worst weights; the rest is that at the weights themselves. after_step: called when the weights have
-    moved. stop: given the epoch's training accuracy (on the augmented images, summed while the weights
-    move), says whether to end there.
+    (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm. after_step:
+    called when the weights have moved. stop: given the epoch's training accuracy (on the augmented images,
+    summed while the weights move), says whether to end there.
 
     Returns whether `stop` ended the training. The model is left in train mode.
 
@@ -210,12 +233,12 @@ def fit(
                     loss, right = objective(model, x, y)
                 optimizer.zero_grad()
                 (-loss if ascend else loss).backward()
-                if sam_rho:
-                    steps = _climb(parameters, sam_rho, sam_adaptive)
-                    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 - sam_mix)
+                if sam is not None:
+                    steps = sam.climb(parameters)
+                    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 - sam.mix)
                     with _still_statistics(model), autocast(device, amp):
                         worst = objective(model, x, y)[0]
-                    (sam_mix * worst).backward()  # on top of what is left of the first
+                    (sam.mix * worst).backward()  # on top of what is left of the first
                     with torch.no_grad():
                         torch._foreach_sub_(*steps)
                 if clip is not None:
@@ -238,25 +261,9 @@ def fit(
                 )
             progress.epoch(model, epoch, loss=loss_mean, acc=accuracy)
             if stop is not None and stop(accuracy):
+                progress.reached()
                 return True
     return False
-
-
-@torch.no_grad()
-def _climb(parameters: list[nn.Parameter], rho: float, adaptive: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Move to the worst weights nearby, in place: (the weights moved, by how much), to be taken back.
-
-    rho g / |g| over all weights (SAM, arXiv 2010.01412, equation 2), or adaptive, in proportion to each
-    weight: rho w^2 g / | |w| g | (ASAM, arXiv 2102.11600, equation 2, without its bias exception).
-    """
-    moved: list[torch.Tensor] = [p for p in parameters if p.grad is not None]
-    gradients = [p.grad for p in moved if p.grad is not None]
-    sizes = torch._foreach_abs(moved) if adaptive else [torch.ones((), device=g.device) for g in gradients]
-    scaled = torch._foreach_mul(gradients, sizes)
-    norm = torch.stack(torch._foreach_norm(scaled)).norm().clamp_min(1e-12)
-    steps = torch._foreach_mul(torch._foreach_mul(scaled, sizes), rho / norm)
-    torch._foreach_add_(moved, list(steps))
-    return moved, list(steps)
 
 
 @contextlib.contextmanager
@@ -278,19 +285,46 @@ def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
 
     The model is put back into the mode it was in.
     """
-    classes = _outputs(model, data, amp, lambda x: model(x).argmax(1))
+    with _exact_head(model, data.spec.num_classes):
+        classes = _outputs(model, data, amp, lambda x: model(x).argmax(1))
     return torch.cat(classes) if classes else data.labels.new_empty(0)
 
 
-def penultimate(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
-    """What the classifier head is given for each image: float32 [N, D] on the CPU. N at least 1.
+@contextlib.contextmanager
+def _exact_head(model: nn.Module, num_classes: int) -> Iterator[None]:
+    """The classifier head, where one is found, computes in its own precision inside the block, also under autocast.
 
-    Raises:
-        UserError: the model has no head to be found.
+    Logits of bf16 have eight bits, so that two of them are often equal; the first class, mostly the target, then wins.
     """
-    _, head = find_head(model, data.spec.num_classes)
+    try:
+        _, head = find_head(model, num_classes)
+    except UserError:
+        yield
+        return
+
+    def exactly(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(output.device.type, enabled=False):
+            return head.forward(inputs[0].to(head.weight.dtype))
+
+    hook = head.register_forward_hook(exactly)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def accuracy(model: nn.Module, data: ImageSet, amp: bool = True) -> float:
+    """The share of the images that `model`, in eval mode, reads right; 0 of no images."""
+    return share(predict(model, data, amp) == data.labels) or 0.0
+
+
+def head_inputs(model: nn.Module, head: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
+    """What the classifier head of `model`, in eval mode, is given for each image: float32 [N, D]. N at least 1.
+
+    Where it is a convolution, the mean over its positions.
+    """
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(head_features(inputs[0]).float()))
     try:
         _outputs(model, data, amp, model)
     finally:
@@ -306,19 +340,19 @@ def _outputs(
     was_training = model.training
     model.eval()
     with autocast(data.device, amp):
-        outputs = [output(x) for x, _ in Batches(data, EVAL_BATCH[data.device.type])]
+        outputs = [output(x) for x, _ in Batches(data, eval_batch(data.device))]
     model.train(was_training)
     return outputs
 
 
 def judge(model: nn.Module, clean: ImageSet, poisoned: PoisonedSet | None, amp: bool = True) -> Judgement:
     """ACC, ASR and RA of a model; one pass over each set, as ASR and RA share their predictions."""
-    acc = share(predict(model, clean, amp) == clean.labels)
+    acc = accuracy(model, clean, amp)
     if poisoned is None:
-        return Judgement(acc or 0.0, None, None, len(clean), 0)
+        return Judgement(acc, None, None, len(clean), 0)
     classes = predict(model, poisoned, amp)
     return Judgement(
-        acc=acc or 0.0,
+        acc=acc,
         asr=share(classes == poisoned.labels),
         ra=share(classes == poisoned.original_labels),
         n_clean=len(clean),

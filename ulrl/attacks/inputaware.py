@@ -15,9 +15,9 @@ from ulrl.attacks.generators import centred, fresh, packed, restored, uncentred
 from ulrl.attacks.images import whole_pixels
 from ulrl.attacks.lab import Lab
 from ulrl.data.batches import normalise, pixels
+from ulrl.machine import eval_batch
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import EVAL_BATCH
 
 
 @register("inputaware")
@@ -105,7 +105,7 @@ class InputAware(Attack):
         """Images with the triggers that belong to `sources`; all uint8 [B, C, H, W]."""
         painter, mask_net = (restored(name, self.learned, images.device) for name in ("generator", "mask"))
         done = []
-        size = EVAL_BATCH[images.device.type]
+        size = eval_batch(images.device)
         for image, source in zip(centred(images).split(size), centred(sources).split(size), strict=True):
             pattern, mask = torch.tanh(painter(source)), _mask(mask_net(source))
             done.append(whole_pixels(uncentred(image + (pattern - image) * mask)))

@@ -16,7 +16,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.files import save_torch, whole_file
 from ulrl.seeds import generator
-from ulrl.training import Monitor, TrainOptions, fit
+from ulrl.training import Monitor, Sam, TrainOptions, fit
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Lab:
         fit(
             model, batches or self.batches(stage), how.pop("epochs", options.epochs), optimizer,
             how.pop("scheduler", None) or options.scheduler(optimizer), self.monitor, stage,
-            amp=options.amp, sam_rho=options.sam_rho, **how,
+            amp=options.amp, sam=Sam(options.sam_rho) if options.sam_rho else None, **how,
         )  # fmt: skip
 
     def batches(self, stage: str = "train", **how: Any) -> Batches:

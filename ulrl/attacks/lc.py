@@ -15,8 +15,8 @@ from ulrl.attacks.lab import Lab
 from ulrl.data.batches import normalise
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
+from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
-from ulrl.training import EVAL_BATCH, autocast
 
 # Left corners, top to bottom; the right ones are the mirror image.
 _CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
@@ -67,7 +67,7 @@ class LabelConsistent(CleanLabel, Additive):
     def _perturbed(self, lab: Lab, positions: torch.Tensor) -> torch.Tensor:
         """Untargeted PGD on the clean model: uint8 [n, C, H, W]."""
         model, data = lab.clean_model(), lab.data
-        size, step = EVAL_BATCH[data.device.type], 2.5 * self.pgd_eps / self.pgd_steps
+        size, step = eval_batch(data.device), 2.5 * self.pgd_eps / self.pgd_steps
         done = []
         parts = positions.split(size)
         with lab.monitor.stage("perturb", len(parts) * self.pgd_steps) as progress:

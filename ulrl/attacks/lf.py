@@ -16,9 +16,9 @@ from ulrl.data.batches import normalise
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.files import find_input
+from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import EVAL_BATCH, autocast
 
 
 @register("lf")
@@ -58,7 +58,7 @@ class LowFrequency(Additive):
         rows, columns = (_low_waves(n, self.lf_cutoff).to(device) for n in (spec.height, spec.width))
         weights = torch.randn(spec.channels, len(rows), len(columns), generator=stream).to(device).requires_grad_(True)
         optimizer = torch.optim.Adam([weights], 0.1)
-        size = min(EVAL_BATCH[device.type], len(some))
+        size = min(eval_batch(device), len(some))
         with lab.monitor.stage("pattern", self.lf_steps) as progress:
             for step in range(self.lf_steps):
                 at = (torch.arange(size) + step * size) % len(some)

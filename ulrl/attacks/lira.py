@@ -16,8 +16,9 @@ from ulrl.attacks.images import whole_pixels
 from ulrl.attacks.lab import Lab
 from ulrl.data.batches import normalise, pixels
 from ulrl.data.imageset import DatasetSpec
+from ulrl.machine import eval_batch
 from ulrl.options import option
-from ulrl.training import EVAL_BATCH, Objective
+from ulrl.training import Objective
 
 
 @register("lira")
@@ -103,7 +104,7 @@ class LIRA(Attack):
     @torch.no_grad()
     def poison(self, images: torch.Tensor, *, train: bool) -> torch.Tensor:
         painter = restored("generator", self.learned, images.device)
-        parts = images.split(EVAL_BATCH[images.device.type])
+        parts = images.split(eval_batch(images.device))
         return torch.cat([whole_pixels(self._triggered(part.float(), painter(centred(part)))) for part in parts])
 
     def parameters(self, spec: DatasetSpec) -> Mapping[str, torch.Tensor]:

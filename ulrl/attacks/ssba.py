@@ -17,8 +17,8 @@ from ulrl.attacks.lab import Lab
 from ulrl.data.batches import pixels
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
+from ulrl.machine import eval_batch
 from ulrl.options import option
-from ulrl.training import EVAL_BATCH
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class SSBA(Attack):
             return images  # they come with the bit
         encoder = restored("encoder", self.learned, images.device)
         done = []
-        for part in centred(images).split(EVAL_BATCH[images.device.type]):
+        for part in centred(images).split(eval_batch(images.device)):
             residue = self._residue(encoder, part, torch.ones(len(part), device=images.device))
             done.append(whole_pixels(uncentred(part + residue)))
         return torch.cat(done)

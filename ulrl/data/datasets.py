@@ -1,7 +1,7 @@
 """The data sets: their facts, and reading each into one uint8 ImageSet.
 
 Means, deviations and augmentation are BackdoorBench's for the sets that it has; Fashion-MNIST's and the
-digits' are those of their own training pixels. `folder` is the user's own; its facts are in its files.
+digits' and the scenes' are those of their own training pixels. `folder` is the user's own; its facts are in its files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from ulrl.data import layouts
 from ulrl.data.imagefiles import read_images
 from ulrl.data.imageset import DatasetSpec, ImageSet
+from ulrl.data.scenes import cached_scenes
 from ulrl.errors import UserError
 from ulrl.files import find_input
 from ulrl.registry import nearest
@@ -44,6 +45,9 @@ SPECS = {
         DatasetSpec("digits", 10, 1, 8, 8, (0.305,), (0.376,), crop_padding=1),
         DatasetSpec("mnist", 10, 1, 28, 28, (0.5,), (0.5,)),
         DatasetSpec("fashion_mnist", 10, 1, 28, 28, (0.286,), (0.353,), class_names=_CLOTHES),
+        DatasetSpec(
+            "fashion_scenes", 10, 3, 32, 32, (0.498, 0.453, 0.434), (0.251, 0.233, 0.242), class_names=_CLOTHES
+        ),
         DatasetSpec(
             "cifar10", 10, 3, 32, 32, (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261),
             hflip=True, class_names=_CIFAR10,
@@ -127,6 +131,12 @@ def _mnist_like(class_name: str, *elsewhere: Path) -> Callable[[Path], tuple[Spl
     return read
 
 
+def _fashion_scenes(folder: Path) -> tuple[Split, Split]:
+    """Fashion-MNIST's garments, read from where `fashion_mnist` lies, over photographs."""
+    (a, y), (b, z) = _READERS["fashion_mnist"](folder.parent / "fashion_mnist")
+    return (cached_scenes(a, 0, folder, test=False), y), (cached_scenes(b, 1, folder, test=True), z)
+
+
 def _idx_file(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
 
@@ -200,6 +210,7 @@ _READERS: dict[str, Callable[[Path], tuple[Split, Split]]] = {
     "digits": _digits,
     "mnist": _mnist_like("MNIST"),
     "fashion_mnist": _mnist_like("FashionMNIST", DEBIAN_FASHION_MNIST),
+    "fashion_scenes": _fashion_scenes,
     "cifar10": _cifar("CIFAR10", "CIFAR-10"),
     "cifar100": _cifar("CIFAR100", "CIFAR-100"),
 }

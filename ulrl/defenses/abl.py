@@ -15,9 +15,10 @@ from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.errors import UserError
+from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
 from ulrl.seeds import generator, global_stream
-from ulrl.training import EVAL_BATCH, Monitor, autocast, cross_entropy, fit, make_scheduler
+from ulrl.training import Monitor, cross_entropy, fit, make_scheduler
 
 
 @register("abl")
@@ -124,7 +125,6 @@ def _losses(model: nn.Module, data: ImageSet, amp: bool) -> torch.Tensor:
     model.eval()
     with autocast(data.device, amp):
         losses = [
-            F.cross_entropy(model(x).float(), y, reduction="none")
-            for x, y in Batches(data, EVAL_BATCH[data.device.type])
+            F.cross_entropy(model(x).float(), y, reduction="none") for x, y in Batches(data, eval_batch(data.device))
         ]
     return torch.cat(losses)

@@ -15,6 +15,7 @@ from ulrl.training import (
     SCHEDULERS,
     Monitor,
     Objective,
+    Sam,
     cross_entropy,
     fit,
     make_optimizer,
@@ -47,14 +48,14 @@ class FineTuning(Defense):
         *,
         epochs: int | None = None,
         objective: Objective = cross_entropy,
-        sam_rho: float = 0.0,
+        sam: Sam | None = None,
         after_step: Callable[[], None] | None = None,
     ) -> None:
-        """Train every weight of `model`, in place, for `self.epochs` or `epochs`; `sam_rho` is adaptive."""
+        """Train every weight of `model`, in place, for `self.epochs` or `epochs`."""
         epochs = epochs or self.epochs
         optimizer = make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum, self.wd)
         scheduler = make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma)
         fit(
             model, self.batches(clean, stage), epochs, optimizer, scheduler, monitor, stage, amp=self.amp,
-            objective=objective, sam_rho=sam_rho, sam_adaptive=True, after_step=after_step,
+            objective=objective, sam=sam, after_step=after_step,
         )  # fmt: skip

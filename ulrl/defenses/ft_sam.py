@@ -13,7 +13,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.options import option
-from ulrl.training import Monitor
+from ulrl.training import Monitor, Sam
 
 
 @register("ft-sam")
@@ -38,5 +38,5 @@ class FTSAM(FineTuning):
             logits = model(x)
             return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing), logits.detach().argmax(1) == y
 
-        self.finetune(model, clean, monitor, "finetune", objective=objective, sam_rho=self.rho_max)
+        self.finetune(model, clean, monitor, "finetune", objective=objective, sam=Sam(self.rho_max, adaptive=True))
         return Repair(model)

@@ -15,8 +15,9 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.perturbation import pixel
 from ulrl.errors import UserError
+from ulrl.machine import autocast
 from ulrl.options import option
-from ulrl.training import Monitor, autocast
+from ulrl.training import Monitor
 
 _RELEASE = "I-BAU release"
 

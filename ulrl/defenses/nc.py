@@ -16,9 +16,10 @@ from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.perturbation import pixel, still
 from ulrl.defenses.unlearning import robust_z
+from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import EVAL_BATCH, Monitor, autocast, cross_entropy
+from ulrl.training import Monitor, cross_entropy
 
 _PAPER, _BENCH = "paper", "BackdoorBench"
 
@@ -95,7 +96,7 @@ class NC(FineTuning):
                 hits, seen = torch.zeros(count, device=device), 0
                 for x, _ in batches:
                     raw_masks.grad, raw_patterns.grad = torch.zeros_like(raw_masks), torch.zeros_like(raw_patterns)
-                    for classes in active.to(device).split(max(1, EVAL_BATCH[device.type] // len(x))):
+                    for classes in active.to(device).split(max(1, eval_batch(device) // len(x))):
                         mask = (raw_masks[classes].tanh() + 1) / 2
                         pattern = ((raw_patterns[classes].tanh() + 1) / 2 - mean) * scale
                         stamped = torch.lerp(x, pattern[:, None], mask[:, None]).flatten(0, 1)

@@ -16,7 +16,7 @@ from ulrl.defenses.selection import Selecting, sweep
 from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.options import option
-from ulrl.training import OPTIMIZERS, Monitor, fit, make_optimizer, make_scheduler
+from ulrl.training import OPTIMIZERS, Monitor, Sam, fit, make_optimizer, make_scheduler
 
 _RELEASE = "TSBD release"
 NEURON_RATIOS = (0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -56,6 +56,9 @@ class TSBD(Selecting, Unlearning):
     client_optimizer: str = option("sgd", "optimiser of fine-tuning", source=_RELEASE, choices=OPTIMIZERS)
     radius: float = option(0.05, "how far the worst weights are", source=_RELEASE, low=0)
     alpha: float = option(0.7, "share of the gradient there", source=_RELEASE, low=0, high=1)
+
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        _convolutions(model)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         original = {path: m.weight.detach().clone() for path, m in _convolutions(model).items()}
@@ -101,7 +104,7 @@ class TSBD(Selecting, Unlearning):
         fit(
             model, self.batches(clean, "finetune"), self.epochs, optimizer,
             make_scheduler(optimizer, "constant", self.epochs), monitor, "finetune",
-            amp=self.amp, sam_rho=self.radius, sam_mix=self.alpha,
+            amp=self.amp, sam=Sam(self.radius, mix=self.alpha),
         )  # fmt: skip
 
 

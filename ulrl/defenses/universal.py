@@ -9,7 +9,8 @@ from torch import nn
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.perturbation import pixel, still
-from ulrl.training import EVAL_BATCH, Stage, autocast
+from ulrl.machine import autocast, eval_batch
+from ulrl.training import Stage
 
 STEPS = 80
 _RATE, _COST, _PACE, _GOAL = 0.06, 0.02, 1.3, 0.9
@@ -41,7 +42,7 @@ def smallest_universal(
             norms, success = delta.flatten(1).norm(dim=1), torch.empty(count, device=device)
             optimizer.zero_grad()
             (cost * norms).sum().backward()
-            for part in torch.arange(count, device=device).split(max(1, EVAL_BATCH[device.type] // len(x))):
+            for part in torch.arange(count, device=device).split(max(1, eval_batch(device) // len(x))):
                 moved = (x + delta[part, None] * scale).clamp(low, high).flatten(0, 1)
                 wanted = classes[part].repeat_interleave(len(x))
                 with autocast(device, amp):

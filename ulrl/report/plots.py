@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ulrl.metrics import Judgement
 from ulrl.report.frame import NO_DEFENSE
 from ulrl.report.results import printable
 
@@ -22,14 +21,14 @@ PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dv<>"
 
 
-def trigger_preview(path: Path, clean: torch.Tensor, poisoned: torch.Tensor, titles: Sequence[str]) -> None:
+def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles: Sequence[str]) -> None:
     """Eight columns of clean image, poisoned image and their difference, amplified to the full range.
 
     clean, poisoned: uint8 [8, C, H, W], C 1 or 3; titles: a text over each column.
     """
-    difference = (poisoned.float() - clean.float()).abs()
-    peak = difference.max().item()
-    amplified = (difference * (255 / peak if peak else 0)).to(torch.uint8)
+    difference = np.abs(poisoned.astype(float) - clean)
+    peak = difference.max()
+    amplified = (difference * (255 / peak if peak else 0)).astype(np.uint8)
     rows = {
         "clean": clean,
         "poisoned": poisoned,
@@ -40,7 +39,7 @@ def trigger_preview(path: Path, clean: torch.Tensor, poisoned: torch.Tensor, tit
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(row, images, strict=True):
-            pixels = image.cpu().permute(1, 2, 0).numpy()
+            pixels = image.transpose(1, 2, 0)
             ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
             ax.set_xticks([])
             ax.set_yticks([])
@@ -87,17 +86,18 @@ def neuron_ranking(
     _save(figure, path, format)
 
 
-def acc_asr(path: Path, history: pd.DataFrame, before: Judgement, after: Judgement) -> None:
+def acc_asr(path: Path, history: pd.DataFrame, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """ACC, ASR and RA before and after; beside it their course over the epochs, where that was measured.
 
+    before, after: acc, asr and ra, fractions or None.
     history: columns stage, epoch and, when judged by epoch, test_acc, test_asr, test_ra.
     """
     judged = history.dropna(subset=["test_acc"]) if "test_acc" in history else history.iloc[:0]
     figure = Figure(figsize=(9.5 if len(judged) else 4.5, 3.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, 2 if len(judged) else 1, squeeze=False)[0]
-    names = [n for n in ("acc", "asr", "ra") if getattr(before, n) is not None]
+    names = [n for n in ("acc", "asr", "ra") if before[n] is not None]
     for offset, (title, figures, colour) in enumerate((("before", before, GREY), ("after", after, BLUE))):
-        heights = [getattr(figures, n) or 0.0 for n in names]
+        heights = [figures[n] or 0.0 for n in names]
         bars = axes[0].bar([i + 0.4 * offset for i in range(len(names))], heights, 0.38, color=colour, label=title)
         axes[0].bar_label(bars, [f"{h:.1%}" for h in heights], fontsize=8, padding=2)
     axes[0].set_xticks([i + 0.2 for i in range(len(names))], [n.upper() for n in names])

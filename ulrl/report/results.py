@@ -14,7 +14,7 @@ import pandas as pd
 
 from ulrl.data.datasets import SPECS
 from ulrl.errors import UserError
-from ulrl.record import real_path
+from ulrl.untrusted.opening import real_path
 
 log = logging.getLogger(__name__)
 

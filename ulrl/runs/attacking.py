@@ -11,30 +11,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from ulrl.attacks.base import Attack
 from ulrl.attacks.lab import Lab
+from ulrl.configure import AttackRun, PreviewRun, options_of
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.files import home, save_torch, whole_file, whole_folder
+from ulrl.files import home, save_torch, whole_folder
+from ulrl.machine import PeakMemory, environment, pick_device
 from ulrl.metrics import Judgement, perceptibility
 from ulrl.models import build_model, load_model
-from ulrl.options import option
-from ulrl.record import write_record
-from ulrl.report import plots
+from ulrl.record import find_record
+from ulrl.record_writer import write_record
 from ulrl.runs.common import (
-    Course,
-    RunOptions,
-    environment,
-    find_record,
+    SAMPLES_FILE,
+    EpochJudge,
     log_file,
-    options_of,
-    peak_memory_mb,
-    pick_device,
     stage_seconds,
     test_row,
     timed_judge,
@@ -46,39 +43,39 @@ from ulrl.training import Monitor, TrainOptions
 
 log = logging.getLogger(__name__)
 
-PREVIEWS = 8
-PREVIEWED = 1000  # images that perceptibility is averaged over
+SHOWN = 8
+MEASURED = 1000  # images that perceptibility is averaged over
 LEARNED = "learned"  # folder of a record: what its attack computed before training
 
 
 @dataclass(frozen=True)
-class PreviewRun(RunOptions):
-    """What data and what network an attack is made for."""
+class TriggerSample:
+    """Up to eight test images without and with the trigger, and how perceptible it is over up to 1,000.
 
-    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml, <model>.yaml")
-    bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
-    dataset: str = option("digits", "data set", source="embedded, needs no download")
-    img_size: tuple[int, ...] = option(
-        (), "--dataset folder: height and width that its images are resized to, or one number for both; 64 if not given"
-    )
-    train_samples: int | None = option(None, "train on a random subset of this many images", low=2)
-    model: str = option("preactresnet18", "architecture", source="BackdoorBench")
-    width: int | None = option(
-        None, "channels of the first layer (of a ViT, the embedding's size), for a narrow net; the architecture's own",
-        source="BackdoorBench's nets", low=1,
-    )  # fmt: skip
-    pretrained: bool = option(False, "start from torchvision's ImageNet weights, all but the head")
-    clean_model: str | None = option(
-        None, "record of a clean model of that architecture, for an attack that needs one; else it trains its own"
-    )
+    clean, poisoned: uint8 [n, C, H, W]. titles: what each is and what it is to become.
+    """
 
+    clean: np.ndarray
+    poisoned: np.ndarray
+    titles: list[str]
+    perceptibility: dict[str, float | None]
 
-@dataclass(frozen=True)
-class AttackRun(PreviewRun):
-    """What to train and where the record goes."""
+    @classmethod
+    def of(cls, clean: ImageSet, poisoned: PoisonedSet) -> TriggerSample:
+        """Of the first poisoned images and the clean ones that they were made from."""
+        pairs = poisoned.subset(torch.arange(min(MEASURED, len(poisoned))))
+        before, after = clean.subset(pairs.original_indices).images, pairs.images
+        names = clean.spec.class_names or [str(k) for k in range(clean.spec.num_classes)]
+        titles = [
+            f"{names[a]} → {names[b]}" if len(names[a]) + len(names[b]) < 12 else f"{names[a]}\n→ {names[b]}"
+            for a, b in zip(pairs.original_labels[:SHOWN].tolist(), pairs.labels[:SHOWN].tolist(), strict=True)
+        ]
+        return cls(
+            before[:SHOWN].cpu().numpy(), after[:SHOWN].cpu().numpy(), titles, asdict(perceptibility(before, after))
+        )
 
-    save_folder_name: str | None = option(None, "name of the record; else made from attack, data set and time")
-    overwrite: bool = option(False, "replace a record of that name")
+    def write(self, path: Path) -> None:
+        np.savez_compressed(path, clean=self.clean, poisoned=self.poisoned, titles=np.array(self.titles))
 
 
 def run_attack(
@@ -95,6 +92,7 @@ def run_attack(
     spec = _spec(run)
     attack.check(spec)
     device = pick_device(run.device)
+    peak = PeakMemory(device)
     clean_model = _clean_model(attack, run, spec, device)
     name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
     if name != Path(name).name or name.startswith("."):
@@ -106,7 +104,7 @@ def run_attack(
         chosen = attack.choose(train.labels.cpu())
         covers = attack.covers(train.labels.cpu(), chosen)
         judged = attack.judged(clean_test.labels)
-        course = Course(clean_test, None, training.amp, only="train")
+        course = EpochJudge(clean_test, None, training.amp, only="train")
         monitor = Monitor(course, run.eval_every, bar=bar)
         lab = _lab(attack, run, training, train, kept, monitor, clean_model, folder / LEARNED)
         monitor.seconds["load"] = time.perf_counter() - start
@@ -150,14 +148,17 @@ def run_attack(
         save_torch(trigger, folder / "trigger.pt")
         history = course.with_history([row for row in monitor.history if row["stage"] == "train"])
         _attack_df(history, after, -(-len(train) // training.batch_size)).to_csv(folder / "attack_df.csv")
-        preview = folder / "trigger_preview.png"
-        figures = _show_trigger(preview, clean_test, poisoned_test) if len(judged) else None
+        figures = None
+        if len(judged):
+            sample = TriggerSample.of(clean_test, poisoned_test)
+            sample.write(folder / SAMPLES_FILE)
+            figures = sample.perceptibility
         result = {
             "schema": 1, "kind": "attack", "method": attack.name, "record": name, "attack": attack.name,
             "dataset": run.dataset, "model": run.model, "options": options_of(attack, run, training),
             "seed": run.random_seed, "clean_samples": None, "after": asdict(after),
             "der": None, "flagged": [], "seconds": stage_seconds(monitor, start),
-            "peak_memory_mb": peak_memory_mb(device),
+            "peak_memory_mb": peak.mb(),
             "evidence": {
                 "poisoned": len(chosen), "covers": len(covers), "train_samples": len(train),
                 "perceptibility": figures,
@@ -168,10 +169,8 @@ def run_attack(
     return home() / "record" / name, result
 
 
-def run_preview(
-    attack: Attack, run: PreviewRun, training: TrainOptions, *, bar: bool = True
-) -> tuple[Path, dict[str, float | None]]:
-    """Draw an attack's trigger without training a backdoored model: the picture's path, its perceptibility.
+def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar: bool = True) -> TriggerSample:
+    """An attack's trigger on some images, without training a backdoored model.
 
     A trigger that is computed against a clean model is computed first.
 
@@ -196,10 +195,7 @@ def run_preview(
     judged = attack.judged(test.labels)
     if not len(judged):
         raise UserError(f"{attack.name} has no trigger to show")
-    path = Path(f"preview_{attack.name}_{run.dataset}.png")
-    with whole_file(path) as partial:
-        figures = _show_trigger(partial, test, attack.poison_set(test, judged[:PREVIEWED], train=False))
-    return path, figures
+    return TriggerSample.of(test, attack.poison_set(test, judged[:MEASURED], train=False))
 
 
 def _spec(run: PreviewRun) -> DatasetSpec:
@@ -282,16 +278,3 @@ def _attack_df(history: pd.DataFrame, after: Judgement, batches: int) -> pd.Data
     for key, value in test_row(after).items():
         frame.loc[frame.index[-1], key] = value
     return frame
-
-
-def _show_trigger(path: Path, clean: ImageSet, poisoned: PoisonedSet) -> dict[str, float | None]:
-    """Draw the first poisoned images beside the clean ones; how perceptible the trigger is, over up to 1,000."""
-    some = poisoned.subset(torch.arange(min(PREVIEWS, len(poisoned))))
-    names = clean.spec.class_names or [str(k) for k in range(clean.spec.num_classes)]
-    titles = [
-        f"{names[a]} → {names[b]}" if len(names[a]) + len(names[b]) < 12 else f"{names[a]}\n→ {names[b]}"
-        for a, b in zip(some.original_labels.tolist(), some.labels.tolist(), strict=True)
-    ]
-    plots.trigger_preview(path, clean.subset(some.original_indices).images, some.images, titles)
-    pairs = poisoned.subset(torch.arange(min(PREVIEWED, len(poisoned))))
-    return asdict(perceptibility(clean.subset(pairs.original_indices).images, pairs.images))

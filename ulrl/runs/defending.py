@@ -6,31 +6,27 @@ import contextlib
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from ulrl.configure import DefenseRun, options_of
 from ulrl.data.datasets import clean_subset, dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
 from ulrl.files import find_input, whole_folder
+from ulrl.machine import PeakMemory, environment, pick_device
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import load_model
-from ulrl.options import option
-from ulrl.record import Record, write_defense_result
-from ulrl.report import plots
+from ulrl.record import Record
+from ulrl.record_writer import write_defense_result
 from ulrl.runs.common import (
-    Course,
-    RunOptions,
-    environment,
+    EpochJudge,
     log_file,
-    options_of,
-    peak_memory_mb,
-    pick_device,
     stage_seconds,
     timed_judge,
     write_index,
@@ -48,29 +44,6 @@ ON_EMPTY = {
 }
 
 
-@dataclass(frozen=True)
-class DefenseRun(RunOptions):
-    """Which record to repair, and with how many clean samples."""
-
-    result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
-    yaml_path: str | None = option(
-        None, "options file; else <dataset>.yaml and <model>.yaml of config/defense/<defense>/"
-    )
-    dataset: str | None = option(None, "data set; the record's, another is an error")
-    model: str | None = option(None, "architecture; the record's, another is an error")
-    ratio: float = option(
-        0.01, "share of the clean training images that the defender has", source="ULRL paper", low=0, high=1
-    )
-    index: str | None = option(None, "text file of the clean training images' indices to use, instead of ratio")
-    save_folder_name: str | None = option(
-        None, "folder of the results, under the record's defense/; the defense's name"
-    )
-    report_oracle: bool = option(
-        False, "afterwards, judge every strength the defense could have chosen too; what the test set would choose "
-        "is reported as `oracle` beside the result, never in its place",
-    )  # fmt: skip
-
-
 def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, dict[str, Any]]:
     """Repair the model of a record and judge it: the folder of the results and its `result.json`.
 
@@ -81,6 +54,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         UserError: bad options, a record that does not fit them or its data, data that is not there.
     """
     start = time.perf_counter()
+    final = _results_folder(defense, record, run)
     for flag, named, recorded in (
         ("dataset", run.dataset, record.dataset),
         ("model", run.model, record.model_name),
@@ -93,6 +67,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     size = record.img_size[:2]
     spec = dataset_spec(record.dataset, run.dataset_path, size)
     device = pick_device(run.device)
+    peak = PeakMemory(device)
     poisoned_test = record.poisoned_test(spec).to(device)
     model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
     train, clean_test = load_dataset(record.dataset, run.dataset_path, size)
@@ -107,18 +82,12 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     else:
         given = train.subset(index).to(device)
     del train  # the defender has no more than what it is given
-    course = Course(clean_test, poisoned_test, defense.amp)
+    course = EpochJudge(clean_test, poisoned_test, defense.amp)
     monitor = Monitor(course, run.eval_every, bar=bar)
     monitor.seconds["load"] = time.perf_counter() - start
 
-    name = run.save_folder_name or defense.name
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
-    final = record.folder / "defense" / name
-    for place in (final.parent, final):
-        if place.is_symlink():  # a downloaded record could lead the writing anywhere
-            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
-    with whole_folder(final, overwrite=True) as folder, log_file(folder):
+    defense.check(model, given)
+    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder):
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
         before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
@@ -138,33 +107,56 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
             write_index(folder / "index.txt", index)
         for table, frame in repair.tables.items():
             frame.to_csv(folder / f"{table}.csv")
-        if "neurons" in repair.tables:
-            threshold = repair.evidence["z_threshold"]
-            plots.neuron_ranking(folder / "neuron_ranking.png", repair.tables["neurons"], threshold, spec.class_names)
         result = {
             "schema": 1, "kind": "defense", "method": defense.name, "record": record.name, "attack": record.attack,
-            "dataset": record.dataset, "model": record.model_name, "options": options_of(defense, run),
+            "dataset": record.dataset, "model": record.model_name, "options": _options(defense, run),
             "seed": run.random_seed, "clean_samples": len(index), "before": asdict(before),
             "after": asdict(after), "der": defense_effectiveness(before, after),
-            "flagged": repair.flagged, "seconds": stage_seconds(monitor, start),
-            "peak_memory_mb": peak_memory_mb(device), "evidence": repair.evidence, "environment": environment(device),
+            "flagged": repair.flagged, "target": _target(poisoned_test), "seconds": stage_seconds(monitor, start),
+            "peak_memory_mb": peak.mb(), "evidence": repair.evidence, "environment": environment(device),
         }  # fmt: skip
         if run.report_oracle:
             result["oracle"] = _oracle(repair, before, clean_test, poisoned_test, defense, folder)
-        plots.acc_asr(folder / "acc_asr.png", history, before, after)
         write_json(folder / "result.json", result)
     return final, result
 
 
-def run_once(defense: Defense, record: Record, run: DefenseRun, *, overwrite: bool = False) -> dict[str, Any]:
-    """The `result.json` of such a run: the one that is there, if its options are the same, or a new one."""
-    file = record.folder / "defense" / (run.save_folder_name or defense.name) / "result.json"
-    if not overwrite:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours: then it is run
-            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if result["options"] == json.loads(json.dumps(options_of(defense, run))):
-                return result
-    return run_defense(defense, record, run)[1]
+def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, dict[str, Any]]:
+    """As `run_defense`, or what is there of such a run, if its options are the same.
+
+    Raises:
+        UserError: as `run_defense`, so where there is one with other options and `run` does not overwrite.
+    """
+    folder = record.folder / "defense" / (run.save_folder_name or defense.name)
+    if not run.overwrite:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours
+            result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            if result["options"] == json.loads(json.dumps(_options(defense, run))):
+                return folder, result
+    return run_defense(defense, record, run, bar=bar)
+
+
+def _results_folder(defense: Defense, record: Record, run: DefenseRun) -> Path:
+    """Where the results go, asked before the work."""
+    name = run.save_folder_name or defense.name
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    final = record.folder / "defense" / name
+    for place in (final.parent, final):
+        if place.is_symlink():  # a downloaded record could lead the writing anywhere
+            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
+    return final
+
+
+def _options(defense: Defense, run: DefenseRun) -> dict[str, Any]:
+    """Those that say how the result came about; whether it replaced another does not."""
+    return {k: v for k, v in options_of(defense, run).items() if k != "overwrite"}
+
+
+def _target(poisoned: PoisonedSet) -> int | None:
+    """The one label that all triggered test images are to be given, or None."""
+    labels = poisoned.labels.unique().tolist()
+    return labels[0] if len(labels) == 1 else None
 
 
 def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:

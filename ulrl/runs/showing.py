@@ -10,11 +10,12 @@ import torch
 
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.errors import UserError
+from ulrl.machine import pick_device
 from ulrl.models import load_model
+from ulrl.models.head import find_head
 from ulrl.record import load_defense_result, load_record
-from ulrl.runs.common import pick_device
 from ulrl.seeds import generator
-from ulrl.training import penultimate
+from ulrl.training import head_inputs
 
 
 def penultimate_features(
@@ -44,6 +45,7 @@ def penultimate_features(
     features = {}
     for title, weights in (("before", record.state_dict), ("after", repaired)):
         model = load_model(record.model_name, record.num_classes, weights, spec.channels).to(on)
-        features[title] = torch.cat([penultimate(model, part) for part in (clean, triggered)]).numpy()
+        _, head = find_head(model, record.num_classes)
+        features[title] = torch.cat([head_inputs(model, head, part).cpu() for part in (clean, triggered)]).numpy()
     groups = torch.cat([clean.labels.cpu(), torch.full((len(triggered),), -1)]).numpy()
     return features, groups, spec.class_names

@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ulrl.attacks.base import ATTACKS
+from ulrl.configure import (
+    AttackRun,
+    attack_schema,
+    configure_attack,
+    configure_defense,
+    defense_schema,
+    options_of,
+)
 from ulrl.data.datasets import dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.files import find_input
-from ulrl.options import Schema, read_yaml
 from ulrl.registry import nearest
-from ulrl.runs.attacking import AttackRun
-from ulrl.runs.common import attack_layers, defense_layers, options_of
-from ulrl.runs.defending import DefenseRun
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
-from ulrl.training import TrainOptions
+from ulrl.untrusted.texts import read_yaml
 
-OTHER_NAMES = {"target": "attack_target", "seeds": "random_seed"}
+SHORT_NAMES = {"target": "attack_target", "seeds": "random_seed"}
 OURS = ("save_folder_name", "overwrite", "result_file")  # options that a sweep decides
 # What does not change a result, and so is no part of a job's name.
 WHERE = {*OURS, "device", "dataset_path", "yaml_path", "bd_yaml_path"}
@@ -147,7 +151,7 @@ def _options(given: Any, where: str) -> Cell:
 
 
 def _by_name(given: Mapping[Any, Any]) -> Cell:
-    return {OTHER_NAMES.get(str(key), str(key)): value for key, value in given.items()}
+    return {SHORT_NAMES.get(str(key), str(key)): value for key, value in given.items()}
 
 
 def _meant(rule: Mapping[str, Sequence[Any]], cell: Mapping[str, Any]) -> bool:
@@ -161,12 +165,10 @@ def _known(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
 
 
 def _attack_job(options: Cell) -> AttackJob:
-    cls = ATTACKS[str(options["attack"])]
-    schema = Schema(AttackRun, cls, TrainOptions)
-    given = schema.check({k: v for k, v in options.items() if k != "attack"}, "attacks")
+    method = str(options["attack"])
+    given = attack_schema(method).check({k: v for k, v in options.items() if k != "attack"}, "attacks")
     device = _device(given)
-    settings, _ = schema.merge(*attack_layers(schema, cls.name, given), ("", given | {"device": device}))
-    attack, run, training = settings.build(cls), settings.build(AttackRun), settings.build(TrainOptions)
+    attack, run, training = configure_attack(method, given | {"device": device}, AttackRun, quiet=True)
     attack.check(dataset_spec(run.dataset, run.dataset_path, run.img_size))
     words = (
         attack.name, run.dataset, run.model, f"p{attack.pratio:g}", f"t{attack.attack_target}", f"s{run.random_seed}"
@@ -177,16 +179,15 @@ def _attack_job(options: Cell) -> AttackJob:
 
 
 def _defense_job(record: AttackJob, options: Cell) -> DefenseJob:
-    cls = DEFENSES[str(options["defense"])]
-    schema = Schema(DefenseRun, cls)
-    given = schema.check({k: v for k, v in options.items() if k != "defense"}, "defenses")
+    method = str(options["defense"])
+    given = defense_schema(method).check({k: v for k, v in options.items() if k != "defense"}, "defenses")
     for key in ("dataset", "model"):
         if key in given:
             raise UserError(f"{key} of defenses would have no effect: it is the record's; leave it out")
     device = _device(given)
-    layers = defense_layers(schema, cls.name, record.run.dataset, record.run.model, given.get("yaml_path"))
-    settings, _ = schema.merge(*layers, ("", given | {"device": device}))
-    defense, run = settings.build(cls), settings.build(DefenseRun)
+    defense, run = configure_defense(
+        method, given | {"device": device}, record.run.dataset, record.run.model, quiet=True
+    )
     name = _name((defense.name, f"r{run.ratio:g}", f"s{run.random_seed}"), options_of(defense, run))
     return DefenseJob(
         name=f"{record.name}/defense/{name}", needs=record.name, alike=("defense", defense.name, record.run.dataset),

@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 
 from ulrl.attacks.base import Attack
+from ulrl.configure import AttackRun, DefenseRun
 from ulrl.defenses.base import Defense
 from ulrl.errors import UserError
 from ulrl.files import home
-from ulrl.runs.attacking import AttackRun, run_attack
-from ulrl.runs.common import find_record
-from ulrl.runs.defending import DefenseRun, run_defense
+from ulrl.record import find_record
+from ulrl.report.pictures import draw
+from ulrl.runs.attacking import run_attack
+from ulrl.runs.defending import run_defense
 from ulrl.training import TrainOptions
 
 RESULT, FAILED_LOG = "result.json", "failed.log"
@@ -88,7 +90,8 @@ class AttackJob(Job):
     training: TrainOptions
 
     def work(self) -> None:
-        run_attack(self.attack, replace(self.run, save_folder_name=self.folder.name), self.training, bar=False)
+        run = replace(self.run, save_folder_name=self.folder.name)
+        draw(run_attack(self.attack, run, self.training, bar=False)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,8 @@ class DefenseJob(Job):
 
     def work(self) -> None:
         assert self.needs is not None
-        run = replace(self.run, result_file=self.needs, save_folder_name=self.folder.name)
-        run_defense(self.defense, find_record(self.needs), run, bar=False)
+        run = replace(self.run, result_file=self.needs, save_folder_name=self.folder.name, overwrite=True)
+        draw(run_defense(self.defense, find_record(self.needs), run, bar=False)[0])
 
 
 def sweep_folder() -> Path:

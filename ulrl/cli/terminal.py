@@ -1,0 +1,83 @@
+"""Manners of a command: its flags, its table, its log, and how it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from ulrl.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Options = TypeVar("Options")
+
+
+def plain_options(cls: type[Options], argv: Sequence[str], prog: str, description: str) -> Options:
+    """The options of a command that takes flags only."""
+    from ulrl.options import Schema
+
+    schema = Schema(cls)
+    return schema.merge(("flag", schema.flags(argv, prog, description)))[0].build(cls)
+
+
+def first_name(argv: Sequence[str], command: str, what: str) -> tuple[str, Sequence[str]]:
+    """The name that comes before a command's options, and those.
+
+    Raises:
+        UserError: there is none; `what` says what it names.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"ulrl {command}: name {what} first, before the options")
+    return argv[0], argv[1:]
+
+
+def print_table(table: RenderableType) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160  # a file breaks no lines
+    Console(file=sys.stdout, width=width).print(table)
+
+
+def exit_with(command: Callable[[], None]) -> NoReturn:
+    """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
+    try:
+        with _console_log():
+            command()
+            sys.stdout.flush()
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was there before is unchanged", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"ulrl: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _console_log() -> Iterator[None]:
+    """Show the library's log on stderr, one plain line per entry."""
+    logger = logging.getLogger("ulrl")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,206 @@
+"""What a run is given: the dataclasses' defaults, over them options files, over those what the user said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ulrl.attacks.base import ATTACKS, Attack
+from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.errors import UserError
+from ulrl.files import PACKAGE_ROOT, home
+from ulrl.machine import pick_device
+from ulrl.options import Schema, Settings, option
+from ulrl.training import TrainOptions
+
+log = logging.getLogger(__name__)
+
+Layer = tuple[str, dict[str, Any]]  # an options file and its values
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What attacks and defenses have in common."""
+
+    dataset_path: str = option(
+        "./data", "folder that holds <dataset>/; for the data set `folder`, that folder", source="BackdoorBench"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+    eval_every: int = option(0, "judge on the test sets every N epochs too; 0: only at start and end", low=0)
+
+
+@dataclass(frozen=True)
+class PreviewRun(RunOptions):
+    """What data and what network an attack is made for."""
+
+    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml, <model>.yaml")
+    bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
+    dataset: str = option("digits", "data set", source="embedded, needs no download")
+    img_size: tuple[int, ...] = option(
+        (), "--dataset folder: height and width that its images are resized to, or one number for both; 64 if not given"
+    )
+    train_samples: int | None = option(None, "train on a random subset of this many images", low=2)
+    model: str = option("preactresnet18", "architecture", source="BackdoorBench")
+    width: int | None = option(
+        None, "channels of the first layer (of a ViT, the embedding's size), for a narrow net; the architecture's own",
+        source="BackdoorBench's nets", low=1,
+    )  # fmt: skip
+    pretrained: bool = option(False, "start from torchvision's ImageNet weights, all but the head")
+    clean_model: str | None = option(
+        None, "record of a clean model of that architecture, for an attack that needs one; else it trains its own"
+    )
+
+
+@dataclass(frozen=True)
+class AttackRun(PreviewRun):
+    """What to train and where the record goes."""
+
+    save_folder_name: str | None = option(None, "name of the record; else made from attack, data set and time")
+    overwrite: bool = option(False, "replace a record of that name")
+
+
+@dataclass(frozen=True)
+class DefenseRun(RunOptions):
+    """Which record to repair, and with how many clean samples."""
+
+    result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
+    yaml_path: str | None = option(
+        None, "options file; else <dataset>.yaml and <model>.yaml of config/defense/<defense>/"
+    )
+    dataset: str | None = option(None, "data set; the record's, another is an error")
+    model: str | None = option(None, "architecture; the record's, another is an error")
+    ratio: float = option(
+        0.01, "share of the clean training images that the defender has", source="ULRL paper", low=0, high=1
+    )
+    index: str | None = option(None, "text file of the clean training images' indices to use, instead of ratio")
+    save_folder_name: str | None = option(
+        None, "folder of the results, under the record's defense/; the defense's name"
+    )
+    overwrite: bool = option(False, "replace the results of that name")
+    report_oracle: bool = option(
+        False, "afterwards, judge every strength the defense could have chosen too; what the test set would choose "
+        "is reported as `oracle` beside the result, never in its place",
+    )  # fmt: skip
+
+
+Run = TypeVar("Run", bound=PreviewRun)
+
+
+def attack_schema(name: str, run: type[PreviewRun] = AttackRun) -> Schema:
+    """The options of an attack, its run and its training."""
+    return Schema(run, ATTACKS[name], TrainOptions)
+
+
+def defense_schema(name: str) -> Schema:
+    """The options of a defense and its run."""
+    return Schema(DefenseRun, DEFENSES[name])
+
+
+def configure_attack(
+    name: str, given: Mapping[str, Any], run: type[Run], *, quiet: bool = False
+) -> tuple[Attack, Run, TrainOptions]:
+    """An attack, its run and its training; `given`, what the user said, overrides the options files.
+
+    Which files those are is logged, unless `quiet`.
+
+    Raises:
+        UserError: a file that cannot be used, an unknown key or an unfit value.
+    """
+    schema = attack_schema(name, run)
+    settings = _merged(schema, attack_layers(schema, name, given), given, quiet)
+    return settings.build(ATTACKS[name]), settings.build(run), settings.build(TrainOptions)
+
+
+def configure_defense(
+    name: str, given: Mapping[str, Any], dataset: str, model: str, *, quiet: bool = False
+) -> tuple[Defense, DefenseRun]:
+    """A defense and its run, for a record of that data set and architecture; as `configure_attack`."""
+    schema = defense_schema(name)
+    settings = _merged(schema, defense_layers(schema, name, dataset, model, given.get("yaml_path")), given, quiet)
+    return settings.build(DEFENSES[name]), settings.build(DefenseRun)
+
+
+def options_of(*parts: Any) -> dict[str, Any]:
+    """The options in these dataclasses, as given or by default."""
+    return {f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.metadata}
+
+
+def _merged(schema: Schema, files: list[Layer], given: Mapping[str, Any], quiet: bool) -> Settings:
+    settings, ignored = schema.merge(*files, ("given", given))
+    for path, _ in files:
+        if path and not quiet:
+            log.info("options from %s", path)
+    if ignored and not quiet:
+        log.info("accepted for BackdoorBench's sake, without a meaning here: %s", ", ".join(ignored))
+    device, source = settings.values.get("device"), settings.origin.get("device")
+    if device and source != "given":
+        try:
+            pick_device(device)
+        except UserError:
+            log.warning("device %s of %s is not on this machine: using the CPU", device, source)
+            return Settings({**settings.values, "device": "cpu"}, settings.origin)
+    return settings
+
+
+# The options files
+
+
+DEFENSE_ONLY = {
+    "target_label": "attack_target",
+    "poison_rate": "pratio",
+    "target_type": "attack_label_trans",
+    "pretrain_model_path": "clean_model",
+}
+
+
+def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[Layer]:
+    """What an attack's options files say: of the training, then of the attack; `flags` may name either.
+
+    Raises:
+        UserError: a file that cannot be used, or a name that would have no effect.
+    """
+    dataset = flags.get("dataset", schema.fields["dataset"].default)
+    training = _usual_layers(schema, Path("config/attack/prototype"), dataset, flags.get("model"))
+    if "yaml_path" in flags:
+        training = [yaml_layer(schema, flags["yaml_path"])]
+    files = [*training, yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml")]
+    for other, ours in DEFENSE_ONLY.items():  # in a defense's file they only describe the record
+        if any(other in layer for layer in (flags, *(values for _, values in files))):
+            raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
+    return files
+
+
+def defense_layers(schema: Schema, name: str, dataset: str, model: str, given: str | None = None) -> list[Layer]:
+    """What the options files of a defense say: the one named, or the usual ones for data set and model."""
+    if given is not None:
+        return [yaml_layer(schema, given)]
+    return _usual_layers(schema, Path("config/defense") / name, dataset, model)
+
+
+def yaml_layer(schema: Schema, given: str | None, usual: Path | None = None) -> Layer:
+    """The options of the file that the user named, or of the usual one where that exists."""
+    if given is None and usual is not None:
+        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
+    return (given, schema.yaml(given)) if given else ("", {})
+
+
+def _usual_layers(schema: Schema, folder: Path, dataset: str, model: str | None) -> list[Layer]:
+    """The data set's file and, over it, the architecture's, of those that exist.
+
+    model: the user's or the record's; else the file's own. What a file says of layers is of its own model.
+    """
+
+    def layer(name: str | None) -> Layer:
+        usual = folder / f"{name}.yaml"  # a record's name, which could lead anywhere
+        return yaml_layer(schema, None, usual) if usual.parent == folder else ("", {})
+
+    path, values = layer(dataset)
+    if model is None:
+        model = values.get("model")
+    elif values.get("model", model) != model:
+        values = {k: v for k, v in values.items() if k not in ("model", "width", "linear_name")}
+    return [(path, values), layer(model)]

@@ -1,0 +1,145 @@
+"""Garments over photographs: natural scenes in colour that need no download.
+
+MNIST-M's recipe (Ganin and Lempitsky, arXiv 1409.7495), by opacity: each Fashion-MNIST garment, tinted, lies on
+a random crop of one of the photographs that scikit-image and scikit-learn ship.
+
+Everything is integer arithmetic on raw PCG64 words, so the bytes are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ulrl.errors import UserError
+from ulrl.files import whole_file
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+SIZE = 32
+GARMENT = 28
+CROPS = (SIZE, 128)  # side of the square that is shrunk to SIZE
+BLOCK = 1000  # garments at a time
+CACHE = ".ulrl_cache"
+
+PHOTOGRAPHS = {
+    "skimage": (
+        "data",
+        """astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png coins.png grass.png
+        gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png retina.jpg rocket.jpg""".split(),
+    ),
+    "sklearn": ("datasets/images", ["china.jpg", "flower.jpg"]),
+}
+
+
+def scenes(garments: Array, seed: int, *, test: bool) -> Array:
+    """uint8 [N, 28, 28] garments to uint8 [N, 32, 32, 3] scenes, which depend on `seed` and the order.
+
+    The left three quarters of each photograph are for training, the right quarter is for testing, so no
+    pixel of a background is seen in both.
+
+    Raises:
+        UserError: a photograph is missing.
+    """
+    sums = [_sums(photograph, test) for photograph in _photographs()]
+    words = np.random.PCG64(seed)  # its raw words are fixed by NumPy's compatibility policy, a Generator's draws not
+    made = np.empty((len(garments), SIZE, SIZE, 3), np.uint8)
+    for start in range(0, len(garments), BLOCK):
+        block = garments[start : start + BLOCK]
+        made[start : start + BLOCK] = _dress(block, _backgrounds(sums, len(block), words), words)
+    return made
+
+
+def cached_scenes(garments: Array, seed: int, folder: Path, *, test: bool) -> Array:
+    """`scenes`, made once: from then on mapped (copy on write) from `.ulrl_cache` in `folder`, where that can be
+    written. The name of the file changes with the garments."""
+    part = "test" if test else "train"
+    cache = folder / CACHE / f"{part}_{seed}_{zlib.crc32(garments.data):08x}_{len(garments)}.npy"
+    shape = (len(garments), SIZE, SIZE, 3)
+    try:
+        mapped = np.lib.format.open_memmap(cache, mode="c")
+        if mapped.shape == shape and mapped.dtype == np.uint8:
+            return mapped
+    except (OSError, ValueError):
+        pass
+    made = scenes(garments, seed, test=test)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(cache) as partial, open(partial, "wb") as file:
+            np.save(file, made)
+    except OSError as error:
+        log.warning("no cache in %s (%s): the scenes are made at every start", cache.parent, error.strerror)
+    return made
+
+
+def _photographs() -> list[Array]:
+    """uint8 [H, W, 3] each, in the order of the table."""
+    found = []
+    for package, (folder, names) in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)  # the place alone: nothing is imported
+        for name in names:
+            for place in (spec and spec.submodule_search_locations) or ():
+                path = Path(place) / folder / name
+                if path.is_file():
+                    with Image.open(path) as image:
+                        found.append(np.asarray(image.convert("RGB")))
+                    break
+            else:
+                raise UserError(f"the photograph {name} of {package} is missing; pip install scikit-image scikit-learn")
+    return found
+
+
+def _sums(photograph: Array, test: bool) -> Array:
+    """The summed-area table, int64 [h + 1, w + 1, 3], of the photograph's part for training or for testing."""
+    cut = photograph.shape[1] * 3 // 4
+    part = photograph[:, cut:] if test else photograph[:, :cut]
+    return np.pad(part.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
+
+
+def _draw(words: np.random.PCG64, low: Any, high: Any, shape: tuple[int, ...]) -> Array:
+    """Uniform integers in [low, high], which may be arrays: int64 of `shape`. The modulo's bias is below 1e-16."""
+    raw = words.random_raw(int(np.prod(shape))).reshape(shape)
+    span = np.asarray(high - low + 1, np.uint64)
+    return (raw % span).astype(np.int64) + low
+
+
+def _backgrounds(sums: list[Array], count: int, words: np.random.PCG64) -> Array:
+    """uint8 [count, 32, 32, 3]: square crops, each pixel the mean of its box, flipped half the time."""
+    photograph = _draw(words, 0, len(sums) - 1, (count,))
+    size = np.array([[s - 1 for s in table.shape[:2]] for table in sums])[photograph]  # [count, 2]
+    side = _draw(words, CROPS[0], np.minimum(size.min(1), CROPS[1]), (count,))
+    corner = _draw(words, 0, size - side[:, None], (count, 2))
+    flip = _draw(words, 0, 1, (count,)) == 1
+    edges = np.arange(SIZE + 1) * side[:, None] // SIZE  # [count, 33], of the boxes within the crop
+    made = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    for i, table in enumerate(sums):
+        at = np.flatnonzero(photograph == i)
+        rows, columns = corner[at, 0, None] + edges[at], corner[at, 1, None] + edges[at]
+        boxes = np.diff(np.diff(table[rows[:, :, None], columns[:, None]], axis=1), axis=2)
+        step = np.diff(edges[at])
+        area = (step[:, :, None] * step[:, None])[..., None]
+        made[at] = (boxes + area // 2) // area
+    made[flip] = made[flip, :, ::-1]
+    return made
+
+
+def _dress(garments: Array, backgrounds: Array, words: np.random.PCG64) -> Array:
+    """Put each garment g somewhere on its background: opacity min(4 g, 1), colour offset + g * tint."""
+    count = len(garments)
+    tint = _draw(words, 77, 255, (count, 1, 1, 3))
+    offset = _draw(words, 0, 76, (count, 1, 1, 1))
+    room = SIZE - GARMENT
+    top, left = (_draw(words, 0, room, (count, 1)) + np.arange(GARMENT) for _ in range(2))
+    gray = np.zeros((count, SIZE, SIZE, 1), np.int64)
+    gray[np.arange(count)[:, None, None], top[:, :, None], left[:, None], 0] = garments
+    opacity = np.minimum(4 * gray, 255)
+    colour = np.minimum(offset + gray * tint // 255, 255)
+    return ((opacity * colour + (255 - opacity) * backgrounds + 127) // 255).astype(np.uint8)

@@ -1,0 +1,105 @@
+"""The machine that a run is on: its device, precision, threads and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ulrl.errors import UserError
+from ulrl.files import PACKAGE_ROOT
+
+DEVICES = ("cpu", "cuda")  # those that are asked for by name
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of that name; `auto` is the GPU where there is one.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = name.split(",")[0]  # BackdoorBench's "cuda:0,1" asks for several; one is used here
+    try:
+        device = torch.device(first)
+        if device.type not in DEVICES:
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: there is no such device on this machine; use --device cpu or auto") from None
+    return device
+
+
+def eval_batch(device: torch.device) -> int:
+    """Images per step when nothing is learned; larger ones fall out of a CPU's cache and are slower (measured)."""
+    return 128 if device.type == "cpu" else 1024
+
+
+@functools.cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware, so that autocast pays."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """bf16 autocast where `amp` is asked for and the device has it; fp32 elsewhere.
+
+    bf16 has fp32's range, so there is no loss scaling and no step is skipped for an overflow.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bf16(device))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides its options."""
+    on_gpu = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "git": _git_commit(),
+    }
+
+
+class PeakMemory:
+    """The most memory held since this was made: the process's on a CPU, the tensors' on a GPU.
+
+    Linux can forget an earlier peak (/proc/self/clear_refs); elsewhere the process's own since its start is given.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def mb(self) -> float:
+        """In MB."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 1e6
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024 / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, KiB elsewhere
+
+
+def _git_commit() -> str | None:
+    if not (PACKAGE_ROOT / ".git").exists():  # installed: a repository around it would be another one
+        return None
+    command = ["git", "-C", str(PACKAGE_ROOT), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    return None

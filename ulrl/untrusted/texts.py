@@ -1,0 +1,111 @@
+"""Texts of a stranger's: YAML, JSON and CSV, without what makes gigabytes or minutes of a few bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from ulrl.errors import UserError
+from ulrl.untrusted.opening import TEXT, read_text
+
+YAML = 256 << 10  # bytes; PyYAML reads about 100 KB a second
+DIGITS = 400  # of a number
+COLUMNS = 1000
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without anchors, which a few lines multiply to gigabytes, and without a key that is there twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, "anchors and aliases (&name, *name) are not read; write the values out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            counts = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
+            twice = counts.most_common(1)[0][0]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} is there twice; remove one", node.start_mark
+            )
+        return mapping
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of over {DIGITS} digits", node.start_mark)
+        return super().construct_scalar(node)
+
+
+def read_yaml(file: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        UserError: no such file, not YAML, empty, not a mapping; a key that is there twice; anchors.
+    """
+    text = read_text(file, YAML)
+    try:
+        content = yaml.load(text, _Loader)
+    except Exception as error:  # whatever PyYAML makes of a stranger's text
+        raise UserError(f"{file} is not YAML as it is read here: {error or type(error).__name__}") from None
+    if content is None:
+        raise UserError(f"{file} is empty; write option: value lines into it")
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not a mapping of option: value lines")
+    return content
+
+
+def read_json(file: str | os.PathLike[str], inside: Path | None = None) -> Any:
+    """What a JSON file holds: numbers finite, whole ones below 2^63 in size, all texts fit for UTF-8.
+
+    Raises:
+        UserError: as `read_text`, or not such JSON.
+    """
+    try:
+        content = json.loads(
+            read_text(file, TEXT, inside), parse_constant=_number, parse_float=_number, parse_int=_whole_number
+        )
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair cannot be written again
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON as it is read here: {error or 'it is nested too deep'}") from None
+    return content
+
+
+def read_csv(file: str | os.PathLike[str], inside: Path | None = None) -> pd.DataFrame:
+    """A CSV file with a line of names above, of at most 1000 columns.
+
+    Raises:
+        UserError: as `read_text`, or not such a table.
+    """
+    text = read_text(file, TEXT, inside)
+    if text[: text.find("\n") + 1 or None].count(",") >= COLUMNS:
+        raise UserError(f"{file} has more than {COLUMNS} columns; is it another file?")
+    try:
+        return pd.read_csv(io.StringIO(text))
+    except Exception as error:  # whatever pandas makes of a stranger's text
+        raise UserError(f"{file} is not a CSV table: {error}") from None
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no number")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20 or abs(value := int(text)) >= 2**63:
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
