@@ -10,10 +10,11 @@ from torch import nn
 
 from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet
+from ulrl.defenses.base import DEFENSES
 from ulrl.defenses.masks import clamp, masked, norm_layers, silence
 from ulrl.defenses.selection import split, sweep, within
 from ulrl.defenses.tsbd import TSBD, _floor
-from ulrl.defenses.unlearning import most_predicted
+from ulrl.defenses.unlearning import Unlearning, most_predicted
 from ulrl.errors import UserError
 from ulrl.models import build_model
 from ulrl.training import Monitor, predict
@@ -149,3 +150,32 @@ def test_unlearning_ends_where_nothing_is_left_to_forget(digits: ImageSet) -> No
     )
     assert unlearned.reached
     assert 0 < unlearned.accuracy <= digits.labels.bincount().max().item() / len(digits)
+
+
+class _Steep(nn.Module):
+    """Logits so steep in the head that plain ascent takes its weights out of sight in one step."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.linear, self.slope = nn.Linear(64, 10), slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.flatten(1)) * self.slope
+
+
+@pytest.mark.parametrize("name", [name for name, cls in DEFENSES.items() if issubclass(cls, Unlearning)])
+def test_unlearning_goes_no_further_than_the_bound_on_its_gradient(name: str, digits: ImageSet) -> None:
+    net, steps = _Steep(1e10), 4
+    defense = DEFENSES[name](batch_size=32, unlearning_epochs=1, clip=20.0, unlearning_lr=0.01)
+    after = defense.unlearn(net, digits, Monitor()).model  # type: ignore[attr-defined]
+    moved = torch.cat([(a - b).flatten() for a, b in zip(after.parameters(), net.parameters(), strict=True)]).norm()
+    assert 0.1 < moved < steps * 20 * 0.01 / (1 - 0.9), "each step by at most rate times bound, over 1 - momentum"
+
+
+@pytest.mark.parametrize("batch_size", [32, 128])
+def test_unlearning_that_overflows_is_one_line(batch_size: int, digits: ImageSet) -> None:
+    """In the loss of a later step, or in the weights after the only one."""
+    defense = DEFENSES["ulrl"](batch_size=batch_size, unlearning_epochs=1, clip=0.0, unlearning_lr=1e8)
+    with pytest.raises(UserError, match=r"unlearn.* in epoch 1.*lower") as refused:
+        defense.unlearn(_Steep(1e33), digits, Monitor())  # type: ignore[attr-defined]
+    assert "\n" not in str(refused.value)

@@ -12,7 +12,7 @@ import platform
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,17 +50,31 @@ def find_input(path: str | os.PathLike[str]) -> Path:
     return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
 
 
+def check_output(path: Path, flag: str = "", suffixes: Sequence[str] = ()) -> None:
+    """Whether a file can be written there, and its name ends in one of `suffixes`, where there are any.
+
+    Raises:
+        UserError: it cannot; `flag` is what named it.
+    """
+    named = f"{flag} {path}".strip()
+    if suffixes and path.suffix not in suffixes:
+        raise UserError(f"{named}: name a file that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{named} is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # to replace /dev/null would harm the whole machine
+        raise UserError(f"{named} is {kind(path.stat().st_mode)}; name a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{named}: there is no folder {path.parent}; make it first")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, an empty file; it becomes `path` when the block ends well.
 
     Raises:
-        UserError: `path` can be no file: its folder is not there, or it is a folder or a device itself.
+        UserError: as `check_output`.
     """
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
-    if path.exists() and not path.is_file():  # to replace /dev/null would harm the whole machine
-        raise UserError(f"{path} cannot be written: it is {kind(path.stat().st_mode)}; choose another name")
+    check_output(path)
     # A new name, and so no link that leads elsewhere.
     partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))

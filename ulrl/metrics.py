@@ -29,6 +29,18 @@ def share(hits: torch.Tensor) -> float | None:
     return hits.double().mean().item() if hits.numel() else None
 
 
+def agreement(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> float:
+    """How far predictions agree with labels beyond chance: Cohen's kappa (Cohen, 1960), at most 1.
+
+    predicted, labels: int64 [N], N at least 1. 0 is what shuffled labels give, and one and the same answer to all,
+    whatever the number and the sizes of the classes.
+    """
+    shares = [classes.bincount(minlength=num_classes).double() / len(labels) for classes in (predicted, labels)]
+    chance = (shares[0] * shares[1]).sum().item()
+    right = (predicted == labels).double().mean().item()
+    return (right - chance) / (1 - chance) if chance < 1 else 0.0
+
+
 def defense_effectiveness(before: Judgement, after: Judgement) -> float | None:
     """DER, the defense effectiveness rating in [0, 1] (Zhu et al., FT-SAM, arXiv 2304.11823, section 4.1):
 

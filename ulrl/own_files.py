@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import os
 import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -21,23 +18,17 @@ from ulrl.data.batches import augment, normalise
 from ulrl.data.imagefiles import common_size, read_images
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.data.layouts import IMAGENET, by_class, height_and_width, subfolders
-from ulrl.defenses.base import Defense
-from ulrl.defenses.selection import split
+from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
-from ulrl.files import find_input, save_torch, whole_file
+from ulrl.files import find_input
 from ulrl.machine import pick_device
 from ulrl.options import option
-from ulrl.own_model import Purified, Suspicion, head_size, purify, suspect
+from ulrl.own_model import Purified, Suspicion, purify, suspect
+from ulrl.own_model.given import head_size
+from ulrl.own_model.saving import check_weights_output
 from ulrl.seeds import generator
-from ulrl.training import accuracy
 from ulrl.untrusted.torchfiles import MOST
 from ulrl.untrusted.weights import load_weights
-
-HELD_OUT = 0.2
-DOUBTFUL = 0.5  # accuracy below which labels or normalisation may be wrong
-log = logging.getLogger(__name__)
-
-SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,14 @@ class PurifyRun:
         "", "folder of clean images: a subfolder per class, in the order of torchvision's ImageFolder", source="user"
     )
     out: str | None = option(None, "file for the repaired weights, .safetensors or .pt; needed but with --check")
-    check: bool = option(False, "stop after the diagnosis; exit code 3 when the verdict is backdoored")
+    overwrite: bool = option(False, "replace that file")
+    check: bool = option(
+        False, "stop after the diagnosis; exit code 3 when the verdict is backdoored, 4 when it is uncertain, else 0"
+    )
+    hold_out: float = option(0.2, "share of the images that accuracy is measured on, before and after", low=0, high=0.9)
+    max_accuracy_loss: float | None = option(
+        None, "share of them that may be lost; a repair that costs more is not written", low=0, high=1
+    )
     img_size: tuple[int, ...] = option((), "height and width of the model's input, or one number; the images' own")
     mean: tuple[float, ...] = option(
         IMAGENET[0], "the model's normalisation, per channel, of pixels in [0, 1]; one number: gray images",
@@ -76,35 +74,37 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     for flag in ("model", "weights", "images", *(() if run.check else ("out",))):
         if not getattr(run, flag):
             raise UserError(f"--{flag} is missing: {HELP[flag]}")
-    _check_out(run)
+    weights = find_input(run.weights)
+    if run.out is not None:
+        check_weights_output(Path(run.out), overwrite=run.overwrite, given=weights, flag="--out")
     device = pick_device(run.device)
     model = _build(run.model)
-    _load_weights(model, find_input(run.weights))
-    model = model.to(device).eval()
+    _load_weights(model, weights)
+    model = model.to(device).eval().requires_grad_(True)
     images = _read_folder(find_input(run.images), run).to(device)
     two = images.subset(torch.arange(min(2, len(images))))
     classes = head_size(model, normalise(two.images, images.spec))
-    images = _with_head(images, classes, run.images)
-    if (right := accuracy(model, images)) < DOUBTFUL:
-        log.warning(
-            "the model reads only %.0f%% of these images right: are --img_size, --mean, --std and the order of the "
-            "subfolders those of its training?", 100 * right,
-        )  # fmt: skip
-    return model, images
+    return model, _with_head(images, classes, run.images)
+
+
+def diagnosis(defense: Defense) -> Defense:
+    """The ULRL that diagnoses: `defense` where it is one, else one with its seed."""
+    return defense if defense.name == "ulrl" else DEFENSES["ulrl"](random_seed=defense.random_seed)
 
 
 def diagnose(model: nn.Module, images: ImageSet, defense: Defense) -> Suspicion:
-    """`suspect` with all images; the options are those of `defense` where it is ULRL, else only its seed counts.
+    """`suspect` with all images and the options of `diagnosis` that were given.
 
     Raises:
         UserError: as `suspect`.
     """
-    options = options_of(defense) if defense.name == "ulrl" else {"random_seed": defense.random_seed}
-    return suspect(model, normalise(images.images, images.spec), images.labels, **options)
+    by = diagnosis(defense)
+    options = {k: v for k, v in options_of(by).items() if v != getattr(type(by), k)}
+    return suspect(model, normalise(images.images, images.spec), images.labels, progress=True, **options)
 
 
-def repair(model: nn.Module, images: ImageSet, defense: Defense) -> tuple[Purified, float, float, int]:
-    """`purify` with four fifths of the images; the accuracy before and after on the others, and their number.
+def repair(model: nn.Module, images: ImageSet, defense: Defense, run: PurifyRun) -> Purified:
+    """`purify` with these images.
 
     Training images are shifted by up to an eighth of their size, and never mirrored, since the mirror image of a
     sign or a letter may be another class.
@@ -112,39 +112,15 @@ def repair(model: nn.Module, images: ImageSet, defense: Defense) -> tuple[Purifi
     Raises:
         UserError: as `purify`.
     """
-    given, held_out = split(images, HELD_OUT, defense.random_seed)
     draws = generator(defense.random_seed, "crop", images.device)
-    result = purify(
-        model, normalise(given.images, given.spec), given.labels, method=defense.name,
-        augment=lambda x: augment(x, given.spec, draws), **options_of(defense),
+    return purify(
+        model, normalise(images.images, images.spec), images.labels, method=defense.name, progress=True,
+        hold_out=run.hold_out, max_accuracy_loss=run.max_accuracy_loss,
+        augment=lambda x: augment(x, images.spec, draws), **options_of(defense),
     )  # fmt: skip
-    return result, accuracy(model, held_out), accuracy(result.model, held_out), len(held_out)
-
-
-def save(model: nn.Module, path: Path) -> None:
-    """Write the weights, whole or not at all: as safetensors or, by the name, as a pickled state_dict."""
-    with whole_file(path) as partial:
-        if path.suffix != ".safetensors":
-            save_torch({k: v.cpu() for k, v in model.state_dict().items()}, partial)
-            return
-        try:
-            safetensors.torch.save_model(model, str(partial))  # weights that are shared are written once
-        except safetensors.SafetensorError as error:
-            raise UserError(f"cannot write {path}: {error}") from None
 
 
 # The flags
-
-
-def _check_out(run: PurifyRun) -> None:
-    """Before the work, not after it."""
-    if run.out is None:
-        return
-    out = Path(run.out)
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"--out {run.out}: name a file that ends in {', '.join(SUFFIXES)}")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {run.out}: there is no folder {out.parent}; make it first")
 
 
 def _build(named: str) -> nn.Module:
@@ -152,6 +128,8 @@ def _build(named: str) -> nn.Module:
     module, _, factory = named.partition(":")
     if not re.fullmatch(r"[\w.]+:[\w.]+", named):
         raise UserError(f"--model {named}: write package.module:factory, as in my_models:resnet")
+    import ulrl.tv  # noqa: F401 - so that torchvision also imports beside a CPU-only torch, in their code or in timm's
+
     sys.path.insert(0, os.getcwd())
     try:
         model = functools.reduce(getattr, factory.split("."), importlib.import_module(module))()  # type: ignore[operator]
@@ -188,6 +166,8 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 
 
 def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
+    if not root.is_dir():
+        raise UserError(f"--images {root}: there is no such folder")
     names = subfolders(root)
     if len(names) < 2:
         raise UserError(f"--images {root} does not hold a subfolder per class")

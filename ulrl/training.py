@@ -23,7 +23,7 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.machine import autocast, eval_batch
 from ulrl.metrics import Judgement, share
-from ulrl.models.head import find_head
+from ulrl.models.head import find_head, head_features
 from ulrl.options import option
 
 SCHEDULERS = ("CosineAnnealingLR", "MultiStepLR", "ReduceLROnPlateau", "constant")
@@ -34,7 +34,8 @@ class Monitor:
     """Progress out of a run: a bar per stage, a history row per epoch, the seconds of each stage.
 
     `judge` is called with (stage, epoch, model) every `eval_every` epochs, when that is not 0. It returns
-    nothing and keeps its figures, so that `history` never holds one measured on the test sets.
+    nothing and keeps its figures, so that `history` never holds one measured on the test sets. `tell` is
+    called with (stage, steps done, steps at most) when a stage begins and after each of its steps.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Monitor:
         eval_every: int = 0,
         *,
         bar: bool = False,
+        tell: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self._judge = judge
         self._every = eval_every
         self._bar = bar
+        self._tell = tell
 
     @contextlib.contextmanager
     def stage(self, name: str, steps: int) -> Iterator[Stage]:
@@ -56,7 +59,7 @@ class Monitor:
         start, judged = time.perf_counter(), self.seconds.get("judge", 0.0)
         interval = 0.1 if sys.stderr.isatty() else 60  # a file keeps every state of the bar
         with tqdm(total=steps, desc=name, disable=not self._bar, dynamic_ncols=True, mininterval=interval) as bar:
-            yield Stage(self, name, bar)
+            yield Stage(self, name, bar, steps)
         spent = time.perf_counter() - start - (self.seconds.get("judge", 0.0) - judged)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
@@ -71,14 +74,30 @@ class Monitor:
 class Stage:
     """What a training loop tells of itself."""
 
-    def __init__(self, monitor: Monitor, name: str, bar: tqdm[Any]) -> None:
+    def __init__(self, monitor: Monitor, name: str, bar: tqdm[Any], steps: int) -> None:
         self._monitor = monitor
         self._name = name
         self._bar = bar
+        self._steps = steps
+        self._done = 0
+        self._tell()
 
     def step(self) -> None:
         """One optimisation step is done."""
+        self._done += 1
         self._bar.update()
+        self._tell()
+
+    def reached(self) -> None:
+        """The stage ends here, as it has reached its goal: the bar is full."""
+        self._bar.set_description(f"{self._name}, goal reached", refresh=False)
+        self._bar.total = self._steps = self._done
+        self._bar.refresh()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._monitor._tell is not None:
+            self._monitor._tell(self._name, self._done, self._steps)
 
     def epoch(self, model: nn.Module, epoch: int, **figures: float) -> None:
         """Epoch `epoch` (from 1) is done, with its figures."""
@@ -242,6 +261,7 @@ def fit(
                 )
             progress.epoch(model, epoch, loss=loss_mean, acc=accuracy)
             if stop is not None and stop(accuracy):
+                progress.reached()
                 return True
     return False
 
@@ -299,9 +319,12 @@ def accuracy(model: nn.Module, data: ImageSet, amp: bool = True) -> float:
 
 
 def head_inputs(model: nn.Module, head: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
-    """What the classifier head of `model`, in eval mode, is given for each image: float32 [N, D]. N at least 1."""
+    """What the classifier head of `model`, in eval mode, is given for each image: float32 [N, D]. N at least 1.
+
+    Where it is a convolution, the mean over its positions.
+    """
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(head_features(inputs[0]).float()))
     try:
         _outputs(model, data, amp, model)
     finally:

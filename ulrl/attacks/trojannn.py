@@ -64,8 +64,8 @@ class TrojanNN(Additive):
     def _invert(self, lab: Lab) -> torch.Tensor:
         model, spec, device = lab.clean_model(), lab.data.spec, lab.data.device
         _, head = find_head(model, spec.num_classes)
-        if self.num_neuron > head.in_features:
-            raise UserError(f"--num_neuron {self.num_neuron}: the head of the model has {head.in_features} inputs")
+        if self.num_neuron > head.weight.shape[1]:
+            raise UserError(f"--num_neuron {self.num_neuron}: the head of the model has {head.weight.shape[1]} inputs")
         neurons = head.weight.abs().sum(0).topk(self.num_neuron).indices
         seen: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

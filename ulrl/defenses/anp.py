@@ -56,9 +56,11 @@ class ANP(MaskPruning):
     anp_steps: int = option(1, "steps of the noise", source="paper", low=1)
     anp_alpha: float = option(0.2, "weight of the clean loss", source="paper", low=0, high=1)
 
-    def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
         if any(layer.bias is None for layer in norm_layers(model).values()):
             raise UserError("the model has a normalisation layer without a shift, which ANP would have to perturb")
+
+    def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         train, validation = self.set_aside(clean)
         return self.prune(model, self._learn(copy.deepcopy(model), train, monitor), validation, monitor, {})
 

@@ -48,6 +48,13 @@ class Defense:
     amp: bool = option(True, "bf16 autocast where the device has it", source="ULRL release")
     random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        """Called before any work: say why the method cannot repair such a model. Arguments as of `run`.
+
+        Raises:
+            UserError: the model lacks a part that the method works on.
+        """
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         """Repair `model`, which may be changed in place, with the clean samples.
 

@@ -29,20 +29,28 @@ class BNP(OutlierPruning):
     logarithm, and looks at one batch only.
     """
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        _norms(model)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        norms = {
-            name: m
-            for name, m in model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None and m.affine
-        }
-        if not norms:
-            raise UserError("bnp compares BatchNorm's running statistics, and this model has none")
+        norms = _norms(model)
         moments = _clean_moments(model, norms, clean, monitor)
         scores = []
         for name, norm in norms.items():
             mean, variance = moments[name]
             scores.append(Scores(name, divergence(norm, mean, variance), [f"{name}.weight", f"{name}.bias"]))
         return self.prune(model, scores, monitor)
+
+
+def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    norms = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None and m.affine
+    }
+    if not norms:
+        raise UserError("bnp compares BatchNorm's running statistics, and this model has none")
+    return norms
 
 
 def divergence(norm: nn.modules.batchnorm._BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

@@ -36,10 +36,12 @@ class CLP(OutlierPruning):
     No clean sample is looked at: the forward pass is one of zeros.
     """
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        _units(model, clean)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        model.eval()
         with monitor.stage("score", 1) as progress:
-            units = _units(model, torch.zeros(1, *clean.images.shape[1:], device=clean.device))
+            units = _units(model, clean)
             scores = []
             for name, unit in units.items():
                 held = [f"{name}.{key}" for key, _ in unit.conv.named_parameters()]
@@ -106,8 +108,8 @@ class _Origins(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _units(model: nn.Module, x: torch.Tensor) -> dict[str, Unit]:
-    """The convolutions that a forward pass of `x` uses, in that order, by name.
+def _units(model: nn.Module, clean: ImageSet) -> dict[str, Unit]:
+    """The convolutions that a forward pass in eval mode uses, in that order, by name. The images are not looked at.
 
     Raises:
         UserError: there is none.
@@ -126,13 +128,14 @@ def _units(model: nn.Module, x: torch.Tensor) -> dict[str, Unit]:
             sums[name] = module  # type: ignore[assignment]
         origins.mark(output, name)
 
+    model.eval()
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) or (isinstance(module, _BatchNorm) and module.running_var is not None):
                 hook = module.register_forward_hook(lambda m, i, o, name=name: after(name, m, i, o))
                 hooks.enter_context(hook)
         with origins:
-            model(x)
+            model(torch.zeros(1, *clean.images.shape[1:], device=clean.device))
     if not units:
         raise UserError("clp bounds the channels of convolutions, and this model has none")
     return units

@@ -10,7 +10,6 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.unlearning import Unlearning
-from ulrl.options import option
 from ulrl.training import Monitor
 
 
@@ -25,8 +24,6 @@ class DetectLabel(Unlearning):
     """
 
     ignored: ClassVar[tuple[str, ...]] = ("client_optimizer",)  # the releases' files name unlearning's, sgd
-
-    clip: float = option(0.0, "bound on the gradient norm in unlearning; 0: none", source="RNP release", low=0)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         unlearned = self.unlearn(model, clean, monitor)

@@ -18,7 +18,7 @@ from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.selection import within
 from ulrl.models.head import find_head
 from ulrl.options import option
-from ulrl.training import Monitor, head_inputs
+from ulrl.training import Monitor, head_inputs, predict
 
 
 @register("fp")
@@ -38,20 +38,28 @@ class FinePruning(FineTuning):
     once_prune_ratio: float = option(0.01, "share of the inputs per step", source="BackdoorBench", low=1e-6, high=1)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        find_head(model, clean.spec.num_classes, self.linear_name)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
-        step = math.ceil(self.once_prune_ratio * head.in_features)
-        counts = range(0, head.in_features, step)
+        width, weight = head.weight.shape[1], head.weight.detach().clone()
+        counts = range(0, width, math.ceil(self.once_prune_ratio * width))
         with monitor.stage("select", len(counts)) as progress, torch.no_grad():
             features = head_inputs(model, head, clean, self.amp)
             activation = features.abs().mean(0)
             rank = activation.argsort(stable=True).argsort()  # 0 is pruned first
             hits = []
             for count in counts:
-                logits = F.linear(features * (rank >= count), head.weight, head.bias)
-                hits.append((logits.argmax(1) == clean.labels).double().mean())
+                if isinstance(head, nn.Linear):
+                    classes = F.linear(features * (rank >= count), head.weight, head.bias).argmax(1)
+                else:  # what the model makes of a convolution's output only the model knows
+                    _zero_inputs(head.weight, rank < count)
+                    classes = predict(model, clean, self.amp)
+                hits.append((classes == clean.labels).double().mean())
                 progress.step()
             accuracies = torch.stack(hits).tolist()
+            head.weight.copy_(weight)
         chosen = counts[within(accuracies, self.acc_ratio)]
         original = copy.deepcopy(model)
 
@@ -76,7 +84,12 @@ class FinePruning(FineTuning):
 
         @torch.no_grad()
         def prune() -> None:
-            weight.masked_fill_(pruned, 0)
+            _zero_inputs(weight, pruned)
 
         prune()
         self.finetune(model, clean, monitor, "finetune", after_step=prune)
+
+
+def _zero_inputs(weight: torch.Tensor, pruned: torch.Tensor) -> None:
+    """Take inputs (bool [D]) from a head, in place; its weight is [K, D], or [K, D, 1, 1]."""
+    weight.masked_fill_(pruned.view(-1, *[1] * (weight.ndim - 2)), 0)

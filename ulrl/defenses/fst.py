@@ -11,7 +11,7 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
-from ulrl.models.head import find_head
+from ulrl.models.head import Head, find_head
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, cross_entropy
@@ -34,6 +34,9 @@ class FST(FineTuning):
     alpha: float = option(0.1, "weight of the product with the original head", source=_RELEASE, low=0)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        find_head(model, clean.spec.num_classes, self.linear_name)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         name, head = find_head(model, clean.spec.num_classes, self.linear_name)
         original = head.weight.detach().clone()
@@ -53,9 +56,9 @@ class FST(FineTuning):
         return Repair(model, evidence={"head": name, "head_cosine": cosine, "head_norm": norm.item()})
 
     @torch.no_grad()
-    def _redraw(self, head: nn.Linear) -> None:
-        """Uniform within 1 / sqrt(inputs), as `nn.Linear` is when it is made."""
+    def _redraw(self, head: Head) -> None:
+        """Uniform within 1 / sqrt(inputs), as a linear layer is when it is made."""
         stream = generator(self.random_seed, "reinitialise")
         for p in head.parameters():
             drawn = torch.rand(p.shape, generator=stream)
-            p.copy_((drawn * 2 - 1) / head.in_features**0.5)
+            p.copy_((drawn * 2 - 1) / head.weight[0].numel() ** 0.5)

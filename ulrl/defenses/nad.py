@@ -51,13 +51,11 @@ class NAD(FineTuning):
     beta3: float = option(1000.0, "weight of the last stage's", source="BackdoorBench", low=0)
     p: float = option(2.0, "power of the activations", source=_PAPER, low=0)
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        _last_stages(model, clean)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        stages = spatial_stages(model, torch.zeros(1, *clean.images.shape[1:], device=clean.device))[-3:]
-        if len(stages) < 2:
-            raise UserError(
-                "nad compares attention maps at the ends of the last three spatial stages; "
-                f"this model has {len(stages)} of more than one pixel (ViT-like ones have 1 or none)"
-            )
+        stages = _last_stages(model, clean)
         betas = (self.beta1, self.beta2, self.beta3)[-len(stages) :]
         teacher = copy.deepcopy(model)
         self.finetune(teacher, clean, monitor, "teacher", epochs=self.te_epochs)
@@ -75,6 +73,16 @@ class NAD(FineTuning):
         with recorded(model, stages) as student_maps, recorded(teacher, stages) as teacher_maps:
             self.finetune(model, clean, monitor, "distil", objective=objective)
         return Repair(model, evidence={"stages": stages})
+
+
+def _last_stages(model: nn.Module, clean: ImageSet) -> list[str]:
+    stages = spatial_stages(model, torch.zeros(1, *clean.images.shape[1:], device=clean.device))[-3:]
+    if len(stages) < 2:
+        raise UserError(
+            "nad compares attention maps at the ends of the last three spatial stages; "
+            f"this model has {len(stages)} of more than one pixel (ViT-like ones have 1 or none)"
+        )
+    return stages
 
 
 def attention(activations: torch.Tensor, p: float) -> torch.Tensor:

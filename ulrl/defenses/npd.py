@@ -65,6 +65,10 @@ class NPD(Defense):
     lmd3: float = option(0.4, "weight of their most likely wrong class", source="paper", low=0)
     lmd4: float = option(0.4, "weight of the attack's target", source="paper", low=0)
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        with still(model):
+            _find(model, next(iter(Batches(clean, 2)))[0], self.target_layer_name)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         still_batches = Batches(clean, self.batch_size)
         x = next(iter(still_batches))[0]

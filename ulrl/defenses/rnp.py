@@ -30,18 +30,20 @@ class RNP(MaskPruning, Unlearning):
 
     The threshold is the greatest at which validation accuracy holds, or `pruning_number`. The release
     stops at the curve, and BackdoorBench always prunes at 0.7. Masks are compared as they are, not cut to
-    four decimals. The release's clipping has no effect (it comes before the gradient), so there is none.
+    four decimals. Unlearning's gradient is bounded, as the release means to do; there the bound comes before the
+    gradient and has no effect.
     """
 
     ignored: ClassVar[tuple[str, ...]] = ("epochs", "lr", "client_optimizer")  # BackdoorBench's file has them in vain
 
-    clip: float = option(0.0, "bound on the gradient norm in unlearning; 0: none", source=_RELEASE, low=0)
     alpha: float = option(0.2, "weight of the loss in recovering", source=_RELEASE, low=0)
     recovering_lr: float = option(0.2, "learning rate of recovering", source=_RELEASE, low=0)
     recovering_epochs: int = option(20, "recovering epochs", source=_RELEASE, low=1)
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        norm_layers(model)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        norm_layers(model)  # says so before the work, where there is none
         train, validation = self.set_aside(clean)
         unlearned = self.unlearn(model, train, monitor)
         values = self._recover(unlearned.model, train, monitor)

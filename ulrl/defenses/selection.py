@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -17,6 +18,7 @@ from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, predict
 
+Set = TypeVar("Set", bound=ImageSet)
 Edit = Callable[[nn.Module, int], None]
 
 
@@ -32,7 +34,7 @@ class Selecting(Defense):
         return split(clean, self.val_ratio, self.random_seed)
 
 
-def split(clean: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+def split(clean: Set, share: float, seed: int) -> tuple[Set, Set]:
     """The clean samples in two disjoint parts, at random: for training, and `share` of them for validation.
 
     Each keeps the order of `clean`; validation has one sample at least.

@@ -57,6 +57,9 @@ class TSBD(Selecting, Unlearning):
     radius: float = option(0.05, "how far the worst weights are", source=_RELEASE, low=0)
     alpha: float = option(0.7, "share of the gradient there", source=_RELEASE, low=0, high=1)
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        _convolutions(model)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         original = {path: m.weight.detach().clone() for path, m in _convolutions(model).items()}
         train, validation = self.set_aside(clean)

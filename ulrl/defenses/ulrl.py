@@ -13,7 +13,7 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.unlearning import Unlearned, Unlearning, robust_z
-from ulrl.models.head import find_head
+from ulrl.models.head import Head, find_head
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import OPTIMIZERS, Monitor, cross_entropy, fit, make_optimizer, make_scheduler
@@ -52,6 +52,9 @@ class ULRL(Unlearning):
     client_optimizer: str = option("sgd", "optimiser of relearning", source=_RELEASE, choices=OPTIMIZERS)
     relearn_alpha: float = option(0.7, "weight of the cosine penalty", source=_RELEASE, low=0)
 
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        find_head(model, clean.spec.num_classes, self.linear_name)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
         neurons, unlearned, spread = self.diagnose(model, clean, monitor)
@@ -78,10 +81,10 @@ class ULRL(Unlearning):
         neurons, spread = self._rank(head, unlearned.model.get_submodule(name))
         return neurons, unlearned, spread
 
-    def _rank(self, before: nn.Linear, after: nn.Module) -> tuple[pd.DataFrame, dict[str, float]]:
+    def _rank(self, before: Head, after: nn.Module) -> tuple[pd.DataFrame, dict[str, float]]:
         """One row per class: L1 change of its weights (the bias does not count), z, and whether flagged."""
-        assert isinstance(after, nn.Linear)
-        change = (after.weight - before.weight).detach().abs().sum(1).double().cpu()
+        assert isinstance(after, Head)
+        change = (after.weight - before.weight).detach().abs().flatten(1).sum(1).double().cpu()
         z, median, mad = robust_z(change)
         suspicious = ((z > self.z_threshold) & (change > median)).nonzero().flatten()
         kept = suspicious[z[suspicious].argsort(descending=True)][: self.max_neurons]
@@ -91,11 +94,11 @@ class ULRL(Unlearning):
         table.index.name = "class"
         return table, {"z_threshold": self.z_threshold, "median": median, "mad": mad}
 
-    def _relearn(self, model: nn.Module, head: nn.Linear, rows: list[int], clean: ImageSet, monitor: Monitor) -> None:
+    def _relearn(self, model: nn.Module, head: Head, rows: list[int], clean: ImageSet, monitor: Monitor) -> None:
         index = torch.tensor(rows, dtype=torch.int64, device=head.weight.device)
         original = head.weight.detach()[index].clone()
         if self.init and rows:
-            bound = math.sqrt(2 / head.in_features)  # the release's; narrower than He's sqrt(6 / fan_in)
+            bound = math.sqrt(2 / head.weight[0].numel())  # the release's; narrower than He's sqrt(6 / fan_in)
             with torch.no_grad():
                 drawn = torch.rand(original.shape, generator=generator(self.random_seed, "reinitialise"))
                 head.weight[index] = (drawn * 2 - 1).mul(bound).to(head.weight)
@@ -104,7 +107,8 @@ class ULRL(Unlearning):
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             loss, right = cross_entropy(model, x, y)
-            return loss + self.relearn_alpha * F.cosine_similarity(head.weight[index], original, dim=1).sum(), right
+            new, old = head.weight[index].flatten(1), original.flatten(1)
+            return loss + self.relearn_alpha * F.cosine_similarity(new, old, dim=1).sum(), right
 
         optimizer = make_optimizer(model, self.client_optimizer, self.relearn_lr, self.sgd_momentum)
         fit(

@@ -12,6 +12,7 @@ from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense
+from ulrl.errors import UserError
 from ulrl.options import option
 from ulrl.training import SCHEDULERS, Monitor, fit, make_optimizer, make_scheduler, predict
 
@@ -55,7 +56,7 @@ class Unlearning(Defense):
     lr_scheduler: str = option("MultiStepLR", "rate over the unlearning", source=_RELEASES, choices=SCHEDULERS)
     steplr_milestones: tuple[int, ...] = option((10, 20), "epochs after which the rate drops", source=_RELEASES)
     steplr_gamma: float = option(0.1, "factor of each drop", source=_RELEASES, low=0)
-    clip: float = option(20.0, "bound on the gradient norm in unlearning; 0: none", source="ULRL release", low=0)
+    clip: float = option(20.0, "bound on the gradient norm in unlearning; 0: none", source=_RELEASES, low=0)
     clean_threshold: float = option(
         0.2, "unlearn until accuracy on the clean samples is at most this", source=_RELEASES, low=0, high=1
     )
@@ -73,7 +74,13 @@ class Unlearning(Defense):
         Always with sgd, as in the releases: its changes are in proportion to the gradients, which is what a ranking
         of the weights that moved most reads. AdamW gives every weight about the same step, and no class stands out.
 
+        An ascent has no bottom: its loss and so its gradients grow with each step, and without `clip` one step can
+        take weights to 1e10, behind which the net overflows.
+
         Source: ULRL (arXiv 2405.14781, section 3.1) and RNP (arXiv 2305.14876, equation 1).
+
+        Raises:
+            UserError: it overflowed all the same.
         """
         copied = copy.deepcopy(model)
         measured, constant = 1.0, clean.labels.bincount().max().item() / len(clean)
@@ -92,6 +99,11 @@ class Unlearning(Defense):
             make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma),
             monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
         )  # fmt: skip
+        if not all(weight.isfinite().all() for weight in copied.state_dict().values()):
+            raise UserError(
+                f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}: lower --unlearning_lr, or bound its "
+                "gradients with --clip 20"
+            )
         if not reached:
             log.warning(
                 "unlearning ended at an accuracy of %.3f, above the threshold %g", measured, self.clean_threshold

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ulrl.errors import UserError
 
+Head = nn.Linear | nn.Conv2d
 
-def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tuple[str, nn.Linear]:
+
+def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tuple[str, Head]:
     """The dotted name and the module of the layer that outputs the classes.
 
-    With `name`, that module (`linear`, `classifier.6`, `1.heads.head`); without, the last `nn.Linear`
-    with `num_classes` outputs, in the order of `model.named_modules()`.
+    With `name`, that module (`linear`, `classifier.6`, `1.heads.head`); without, the last `nn.Linear` with
+    `num_classes` outputs, in the order of `model.named_modules()`, or else the last convolution of 1x1 with as many
+    channels (SqueezeNet's). `weight.flatten(1)` has a row per class for either.
 
     Raises:
         UserError: there is none, the named one is no such layer, or its weight serves another layer too.
     """
-    heads = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == num_classes
-    }
+    linear, convolutions = {}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == num_classes:
+            linear[path] = module
+        elif isinstance(module, nn.Conv2d) and module.out_channels == num_classes and _is_linear(module):
+            convolutions[path] = module
+    heads: dict[str, Head] = {**convolutions, **linear}
     if not heads:
-        raise UserError(f"the model has no nn.Linear layer with {num_classes} outputs, so it has no head to repair")
+        raise UserError(
+            f"the model has no nn.Linear layer or convolution of 1x1 with {num_classes} outputs, so no head to repair; "
+            "take a method that edits none, such as ft-sam"
+        )
     if name is None:
         name = list(heads)[-1]
     elif name not in heads:
@@ -34,3 +43,13 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
                 "of its own (nn.Parameter(weight.clone())), or take a method that edits no head, such as ft-sam"
             )
     return name, heads[name]
+
+
+def _is_linear(convolution: nn.Conv2d) -> bool:
+    """Whether it is a linear layer at each position."""
+    return convolution.kernel_size == (1, 1) and convolution.groups == 1
+
+
+def head_features(given: torch.Tensor) -> torch.Tensor:
+    """What a head is given, float [N, D], or [N, D, H, W] for a convolution, averaged over positions: [N, D]."""
+    return given.flatten(2).mean(2) if given.ndim == 4 else given

@@ -9,41 +9,84 @@ from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from ulrl.record import Record
 from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of
 from ulrl.report.pooling import best_of, notes_of, summarise
-from ulrl.report.results import printable
+from ulrl.report.results import Run, printable
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def result_table(result: dict[str, Any]) -> Table:
-    """One run's `result.json` as a small table; figures in percent."""
-    title = f"{result['method']} on {result['record']}" if result["kind"] == "defense" else result["record"]
-    about = [result["dataset"], result["model"]]
-    if result["kind"] == "defense":
-        about.append(f"{result['clean_samples']} clean samples")
-    table = Table(title=title, caption=", ".join(about), title_style="bold")
+def result_table(result: dict[str, Any]) -> RenderableType:
+    """One run's `result.json` as a small table, figures in percent, and a few lines below it."""
+    defended = result["kind"] == "defense"
+    title = f"{result['method']} on {result['record']}" if defended else result["record"]
+    table = Table(title=escape(printable(title)), title_style="bold")
     for column in ("", "ACC %", "ASR %", "RA %"):
         table.add_column(column, justify="right" if column else "left")
     for row in ("before", "after"):
         if row in result:
-            name = row if result["kind"] == "defense" else "trained"
+            name = row if defended else "trained"
             table.add_row(name, *(_percent(result[row][k]) for k in ("acc", "asr", "ra")))
-    if result["kind"] == "defense":
+    if oracle := result.get("oracle"):  # chosen by looking at the test set: never the defense's own figure
         table.add_section()
-        if oracle := result.get("oracle"):  # chosen by looking at the test set: never the defense's own figure
-            table.add_row("(oracle)", *(_percent(oracle[k]) for k in ("acc", "asr", "ra")))
-        table.add_row("DER %", "", _percent(result["der"]), "")
-        table.add_row("flagged", "", ", ".join(map(str, result["flagged"])) or "none", "")
-    table.add_section()
-    for stage, seconds in result["seconds"].items():
-        table.add_row(f"{stage}, s", "", f"{seconds:.1f}", "")
-    return table
+        table.add_row("(oracle)", *(_percent(oracle[k]) for k in ("acc", "asr", "ra")))
+    about = [result["dataset"], result["model"]]
+    lines = Table.grid(padding=(0, 2))
+    if defended:
+        if result["clean_samples"]:
+            about.append(f"{result['clean_samples']} clean samples")
+        lines.add_row("DER %", _percent(result["der"]))
+        lines.add_row("flagged", escape(printable(flagged_text(result["flagged"], result.get("target")))))
+    lines.add_row("on", escape(printable(", ".join(about))))
+    lines.add_row("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result["seconds"].items()))
+    return Group(table, lines)
+
+
+def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
+    """What is planted in a record, how well it works, its pictures, and what defenses have come to so far.
+
+    runs: those of the record; its own is missing where BackdoorBench made it.
+    """
+    labels = record.bd_test.labels[~record.bd_test.cover].unique().tolist()
+    planted = "an attack without a name" if record.attack is None else record.attack
+    planted += f", target {labels[0]}" if len(labels) == 1 else ""
+    planted += f"; {len(record.bd_test.labels)} triggered test images" if labels else ", so nothing: a clean model"
+    about = Table.grid(padding=(0, 2))
+    about.add_row("planted", escape(printable(planted)))
+    about.add_row("on", escape(printable(f"{record.dataset}, {record.num_classes} classes, {record.model_name}")))
+    table = Table(title=escape(printable(record.name)), title_style="bold")
+    for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
+        table.add_column(column, justify="right" if column.endswith("%") else "left")
+    for run in runs:
+        result, figures = run.result, [_percent(run.result["after"][k]) for k in ("acc", "asr", "ra")]
+        if result["kind"] == "attack":
+            table.add_row("no defense", *figures, "", "")
+            continue
+        flagged = flagged_text(result["flagged"], labels[0] if len(labels) == 1 else None)
+        name = escape(printable(run.folder.name))
+        table.add_row(name, *figures, _percent(result["der"]), escape(printable(flagged)))
+    pictures = sorted(p.relative_to(record.folder).as_posix() for p in record.folder.glob("*.png"))
+    pictures += sorted(p.relative_to(record.folder).as_posix() for p in record.folder.glob("defense/*/*.png"))
+    about.add_row("in", escape(printable(str(record.folder))))
+    about.add_row("pictures", escape(printable(", ".join(pictures) or "none")))
+    return Group(about, table if runs else "no run has been judged here yet")
+
+
+def flagged_text(flagged: Sequence[int], target: int | None) -> str:
+    """The flagged classes, and whether the attacker's target, where it is known to be one, is among them."""
+    named = ", ".join(map(str, flagged)) or "none"
+    if target is None:
+        return named
+    if target not in flagged:
+        return f"{named}; the target was {target}"
+    return f"{named} (the target)" if len(flagged) == 1 else f"{named} (target {target} among them)"
 
 
 def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
@@ -173,13 +216,16 @@ def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -
     return table
 
 
-def accuracy_table(before: float, after: float, samples: int, flagged: Sequence[str]) -> Table:
-    """What a repair cost on clean images that were held out."""
-    about = f"on {samples} clean images that were held out"
+def accuracy_table(report: dict[str, Any], flagged: Sequence[str]) -> Table:
+    """What a repair cost, by the report of `ulrl.purify`."""
+    about = f"on {report['held_out']} clean images that were held out"
+    if not report["held_out"]:
+        about = f"on the {report['samples']} clean images that it was repaired with"
     table = Table(title="repaired", title_style="bold", caption=about, min_width=len(about))
     for column in ("ACC before %", "ACC after %", "flagged"):
         table.add_column(column, justify="right")
-    table.add_row(_percent(before), _percent(after), escape(printable(", ".join(flagged) or "none")))
+    named = escape(printable(", ".join(flagged) or "none"))
+    table.add_row(_percent(report["accuracy_before"]), _percent(report["accuracy_after"]), named)
     return table
 
 

@@ -54,6 +54,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         UserError: bad options, a record that does not fit them or its data, data that is not there.
     """
     start = time.perf_counter()
+    final = _results_folder(defense, record, run)
     for flag, named, recorded in (
         ("dataset", run.dataset, record.dataset),
         ("model", run.model, record.model_name),
@@ -85,14 +86,8 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     monitor = Monitor(course, run.eval_every, bar=bar)
     monitor.seconds["load"] = time.perf_counter() - start
 
-    name = run.save_folder_name or defense.name
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
-    final = record.folder / "defense" / name
-    for place in (final.parent, final):
-        if place.is_symlink():  # a downloaded record could lead the writing anywhere
-            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
-    with whole_folder(final, overwrite=True) as folder, log_file(folder):
+    defense.check(model, given)
+    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder):
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
         before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
@@ -114,10 +109,10 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
             frame.to_csv(folder / f"{table}.csv")
         result = {
             "schema": 1, "kind": "defense", "method": defense.name, "record": record.name, "attack": record.attack,
-            "dataset": record.dataset, "model": record.model_name, "options": options_of(defense, run),
+            "dataset": record.dataset, "model": record.model_name, "options": _options(defense, run),
             "seed": run.random_seed, "clean_samples": len(index), "before": asdict(before),
             "after": asdict(after), "der": defense_effectiveness(before, after),
-            "flagged": repair.flagged, "seconds": stage_seconds(monitor, start),
+            "flagged": repair.flagged, "target": _target(poisoned_test), "seconds": stage_seconds(monitor, start),
             "peak_memory_mb": peak.mb(), "evidence": repair.evidence, "environment": environment(device),
         }  # fmt: skip
         if run.report_oracle:
@@ -126,17 +121,42 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     return final, result
 
 
-def run_once(
-    defense: Defense, record: Record, run: DefenseRun, *, overwrite: bool = False
-) -> tuple[Path, dict[str, Any]]:
-    """As `run_defense`, or what is there of such a run, if its options are the same."""
+def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, dict[str, Any]]:
+    """As `run_defense`, or what is there of such a run, if its options are the same.
+
+    Raises:
+        UserError: as `run_defense`, so where there is one with other options and `run` does not overwrite.
+    """
     folder = record.folder / "defense" / (run.save_folder_name or defense.name)
-    if not overwrite:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours: then it is run
+    if not run.overwrite:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours
             result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            if result["options"] == json.loads(json.dumps(options_of(defense, run))):
+            if result["options"] == json.loads(json.dumps(_options(defense, run))):
                 return folder, result
-    return run_defense(defense, record, run)
+    return run_defense(defense, record, run, bar=bar)
+
+
+def _results_folder(defense: Defense, record: Record, run: DefenseRun) -> Path:
+    """Where the results go, asked before the work."""
+    name = run.save_folder_name or defense.name
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    final = record.folder / "defense" / name
+    for place in (final.parent, final):
+        if place.is_symlink():  # a downloaded record could lead the writing anywhere
+            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
+    return final
+
+
+def _options(defense: Defense, run: DefenseRun) -> dict[str, Any]:
+    """Those that say how the result came about; whether it replaced another does not."""
+    return {k: v for k, v in options_of(defense, run).items() if k != "overwrite"}
+
+
+def _target(poisoned: PoisonedSet) -> int | None:
+    """The one label that all triggered test images are to be given, or None."""
+    labels = poisoned.labels.unique().tolist()
+    return labels[0] if len(labels) == 1 else None
 
 
 def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:

@@ -102,7 +102,7 @@ class DefenseJob(Job):
 
     def work(self) -> None:
         assert self.needs is not None
-        run = replace(self.run, result_file=self.needs, save_folder_name=self.folder.name)
+        run = replace(self.run, result_file=self.needs, save_folder_name=self.folder.name, overwrite=True)
         draw(run_defense(self.defense, find_record(self.needs), run, bar=False)[0])
 
 

@@ -12,11 +12,13 @@ from ulrl.errors import UserError
 from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch
 
+WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")
+
 
 def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
     """Name, without DataParallel's `module.`, to CPU tensor.
 
-    The file may hold them under `state_dict` or `model`, as training scripts write them, BackdoorBench's among them.
+    The file may hold them under one of WRAPPINGS, as training scripts write them, BackdoorBench's among them.
 
     Args:
         most: bytes that the file may have.
@@ -33,9 +35,8 @@ def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
                 raise UserError(f"{file} is damaged, or no safetensors file ({error}); fetch it again") from None
     else:
         weights = load_torch(file, most=most)
-    for key in ("state_dict", "model"):
-        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-            weights = weights[key]
+    while isinstance(weights, dict) and (inner := [k for k in WRAPPINGS if isinstance(weights.get(k), dict)]):
+        weights = weights[inner[0]]
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"{file} holds no state_dict, name to tensor; save model.state_dict()")
     return check_weights(file, {str(name).removeprefix("module."): w for name, w in weights.items()}, len(weights))

@@ -1,0 +1,62 @@
+"""What the bench's commands write: bench/results/ and the generated blocks of bench/README.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ulrl.errors import UserError
+from ulrl.files import whole_file
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"
+T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided, by degrees of freedom
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage; "" where it is not known."""
+    return "" if value is None or pd.isna(value) else f"{100 * value:.{digits}f}"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, half width of its 95% interval (Student's t; NaN of fewer than two) and count."""
+    n = len(values)
+    mean = sum(values) / n if n else math.nan
+    if n < 2:
+        return mean, math.nan, n
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    t = T95[n - 1] if n <= len(T95) else 1.96 + 2.4 / (n - 1)
+    return mean, t * deviation / math.sqrt(n), n
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean, interval and n of some fractions, in percent: "3.1 ±1.2 (3)"."""
+    mean, half, n = interval(values)
+    if not n:
+        return ""
+    return f"{percent(mean)} ({n})" if math.isnan(half) else f"{percent(mean)} ±{percent(half)} ({n})"
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        frame.round(4).to_csv(partial, index=False)
+
+
+def write_block(name: str, lines: Sequence[str], page: Path = FOLDER / "README.md") -> None:
+    """Replace what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` of a page.
+
+    Raises:
+        UserError: the page has no such place.
+    """
+    text = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    if begin not in text or end not in text:
+        raise UserError(f"{page} has no place for a table: put the lines {begin.strip()} and {end} where it is to be")
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    with whole_file(page) as partial:
+        partial.write_text(head + begin + "\n".join(lines) + "\n" + end + tail, encoding="utf-8")

@@ -1,0 +1,78 @@
+"""`ulrl purify`: a model of the user's, diagnosed and, unless that is all, repaired."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+
+from ulrl import own_files
+from ulrl.cli.terminal import print_path, print_table
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.errors import UserError
+from ulrl.options import Schema
+from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN, Note
+from ulrl.own_model.given import make_method
+from ulrl.report.tables import accuracy_table, suspicion_table
+
+log = logging.getLogger(__name__)
+
+EXIT_CODES = {NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}
+
+
+def purify(argv: Sequence[str]) -> None:
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--method", default=own_files.PurifyRun.method)
+    cls = DEFENSES[peek.parse_known_args(argv)[0].method]  # whose options are flags, too
+    schema = Schema(own_files.PurifyRun, cls)
+    settings, _ = schema.merge(("given", schema.flags(argv, "ulrl purify", inspect.getdoc(own_files) or "")))
+    run, defense = settings.build(own_files.PurifyRun), settings.build(cls)
+    if not run.check:
+        make_method(run.method, {})
+    model, images = own_files.load(run)
+    names = images.spec.class_names
+    if not run.check:
+        defense.check(model, images)  # a method that cannot work says so before the diagnosis, not after it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Note)  # they are logged here, each once
+        said = _diagnose(run, model, images, defense)
+        log.info("repairing it by %s", run.method)
+        result = own_files.repair(model, images, defense, run)
+    for note in result.report["notes"]:
+        if note not in said:
+            log.warning("%s", note)
+    if result.report["returned"] == "original":
+        raise UserError(f"{run.out} was not written; allow a greater --max_accuracy_loss, or try another --method")
+    result.save(run.out or "", overwrite=run.overwrite)
+    flagged = [names[label] for label in result.flagged]
+    print_table(accuracy_table(result.report, flagged))
+    print_path(run.out or "")
+
+
+def _diagnose(run: own_files.PurifyRun, model: nn.Module, images: ImageSet, defense: Defense) -> list[str]:
+    """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
+    try:
+        own_files.diagnosis(defense).check(model, images)
+    except UserError as reason:
+        if run.check:
+            raise
+        log.warning("no diagnosis: %s", reason)
+        return []
+    names = images.spec.class_names
+    log.info("looking for a backdoor in %s with %d clean images", run.model, len(images))
+    found = own_files.diagnose(model, images, defense)
+    notes: list[str] = found.report["notes"]
+    for note in notes:
+        log.warning("%s", note)
+    if found.label is None:
+        raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
+    print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
+    if run.check:
+        sys.exit(EXIT_CODES[found.verdict])
+    return notes

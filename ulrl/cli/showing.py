@@ -1,0 +1,139 @@
+"""The commands that read what runs wrote: a record, tables, the page and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ulrl.cli.terminal import first_name, plain_options, print_path, print_table
+from ulrl.errors import UserError
+from ulrl.files import check_output, find_input, home, whole_file
+from ulrl.options import option
+from ulrl.record import find_record
+from ulrl.registry import nearest
+from ulrl.report import plots
+from ulrl.report.frame import KEYS, export_frame, frame_of_runs, select
+from ulrl.report.page import write_report
+from ulrl.report.pooling import in_order, summarise
+from ulrl.report.results import find_runs, load_ranking
+from ulrl.report.tables import record_table, summary_latex, summary_markdown, summary_table
+from ulrl.runs.showing import penultimate_features
+
+
+def show(argv: Sequence[str]) -> None:
+    named, argv = first_name(argv, "show", "a record")
+    plain_options(NoOptions, argv, "ulrl show RECORD", "What a record holds, and what defenses came to on it.")
+    record = find_record(named, "the record")
+    print_table(record_table(record, find_runs(record.folder)[0]))
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a command that has none."""
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """Which runs, and how to show them."""
+
+    where: str | None = option(None, f"only runs with key=value, several with commas between; keys: {', '.join(KEYS)}")
+    by: str = option("dataset,model,attack,defense,ratio", "one line per value of these keys")
+    format: str = option("table", "how to print", choices=("table", "csv", "markdown", "latex"))
+    export: str | None = option(None, "also write every run to this file, .parquet or .csv")
+
+
+def results(argv: Sequence[str]) -> None:
+    """The summary of finished runs. As CSV it holds fractions and counts; elsewhere it is for reading."""
+    root, argv = _folder(argv)
+    options = plain_options(ResultsOptions, argv, "ulrl results [FOLDER]", "Collect what runs came to.")
+    if options.export:
+        check_output(Path(options.export), "--export", (".parquet", ".csv"))
+    frame = _runs_below(root, options.where)
+    summary = in_order(summarise(frame, options.by))
+    if options.export:
+        export_frame(frame, Path(options.export))
+    match options.format:
+        case "csv":
+            print(summary.to_csv(index=False), end="")
+        case "markdown":
+            print(summary_markdown(summary), end="")
+        case "latex":
+            print(summary_latex(summary), end="")
+        case _:
+            # What was measured on other data or in another net is not to be compared, and widens the table.
+            apart = [key for key in ("dataset", "model") if key in summary]
+            for _, part in summary.groupby(apart, sort=False) if apart else [((), summary)]:
+                print_table(summary_table(part, f"{part.n[~part.oracle].sum()} runs below {root}"))
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """Where the report goes."""
+
+    out: str = option("report.html", "the page; needs no other file and no network")
+
+
+def report(argv: Sequence[str]) -> None:
+    root, argv = _folder(argv)
+    options = plain_options(PageOptions, argv, "ulrl report [FOLDER]", "Make one page of all runs.")
+    check_output(Path(options.out), "--out")
+    runs = write_report(root, Path(options.out))
+    print(f"{options.out}: {runs} runs; open it in a browser")
+
+
+FIGURES = ("asr-acc", "heatmap", "ranking", "tsne")
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """What to draw, and where it goes."""
+
+    out: str = option("", "the figure's file: .pdf, .svg or .png", source="user")
+    where: str | None = option(None, f"asr-acc, heatmap: only runs with key=value; keys: {', '.join(KEYS)}")
+    metric: str = option("asr", "heatmap: the figure shown", choices=("asr", "ra", "acc", "der"))
+    samples: int = option(1000, "tsne: clean test images, and a fifth as many triggered ones", low=20)
+    dataset_path: str = option("./data", "tsne: folder that holds <dataset>/", source="BackdoorBench")
+    device: str = option("auto", "tsne: auto, cpu, cuda or cuda:N")
+
+
+def plot(argv: Sequence[str]) -> None:
+    """asr-acc and heatmap are of all runs below a folder; ranking and tsne of one defense's folder."""
+    figure, argv = first_name(argv, "plot", f"a figure ({', '.join(FIGURES)})")
+    if figure not in FIGURES:
+        raise UserError(f"unknown figure {figure!r}{nearest(figure, list(FIGURES))}")
+    root, argv = _folder(argv)
+    options = plain_options(PlotOptions, argv, f"ulrl plot {figure} [FOLDER]", "Draw a figure for a paper.")
+    out = Path(options.out)
+    check_output(out, "--out", (".pdf", ".svg", ".png"))
+    format = out.suffix[1:]
+    with whole_file(out) as partial:
+        match figure:
+            case "ranking":
+                plots.neuron_ranking(partial, *load_ranking(root), format)
+            case "tsne":
+                plots.tsne(partial, *penultimate_features(root, options.dataset_path, options.device, options.samples),
+                           format)  # fmt: skip
+            case _:
+                frame = _runs_below(root, options.where)
+                if figure == "heatmap":
+                    plots.heatmap(partial, frame, options.metric, format)
+                else:
+                    plots.asr_against_acc(partial, frame, format)
+    print_path(out)
+
+
+def _runs_below(root: Path, where: str | None) -> pd.DataFrame:
+    frame = select(frame_of_runs(find_runs(root)[0]), where)
+    if frame.empty:
+        raise UserError(f"no result.json below {root}" + (f" with {where}" if where else ""))
+    return frame
+
+
+def _folder(arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
+    """The folder named first, or `record/`, and the arguments after it."""
+    if arguments and not arguments[0].startswith("-"):
+        return find_input(arguments[0]), arguments[1:]
+    return home() / "record", arguments

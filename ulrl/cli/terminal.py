@@ -1,0 +1,102 @@
+"""Manners of a command: its flags, its table, its log, and how it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from ulrl.errors import LineFormatter, UserError, one_line
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Options = TypeVar("Options")
+
+
+def plain_options(cls: type[Options], argv: Sequence[str], prog: str, description: str) -> Options:
+    """The options of a command that takes flags only."""
+    from ulrl.options import Schema
+
+    schema = Schema(cls)
+    return schema.merge(("flag", schema.flags(argv, prog, description)))[0].build(cls)
+
+
+def first_name(argv: Sequence[str], command: str, what: str) -> tuple[str, Sequence[str]]:
+    """The name that comes before a command's options, and those.
+
+    Raises:
+        UserError: there is none; `what` says what it names.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"ulrl {command}: name {what} first, before the options")
+    return argv[0], argv[1:]
+
+
+def print_table(table: RenderableType) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160  # a file breaks no lines
+    Console(file=sys.stdout, width=width).print(table)
+
+
+def print_path(path: str | os.PathLike[str]) -> None:
+    """Where something was written, or another text of a line."""
+    print(one_line(str(path)))
+
+
+def exit_with(command: Callable[[], None]) -> NoReturn:
+    """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
+    try:
+        with _console_log(), _sigterm_as_ctrl_c():
+            command()
+            sys.stdout.flush()
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was there before is unchanged", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"ulrl: {one_line(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _console_log() -> Iterator[None]:
+    """Show the library's log on stderr, one plain line per entry."""
+    logger = logging.getLogger("ulrl")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(message)s"))
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a job scheduler or `kill` sends ends a run as cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,232 @@
+"""What a user gives: a model, samples and options of a method, checked and made ready."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulrl.data.imageset import DatasetSpec, InputSet
+from ulrl.defenses.base import DEFENSES
+from ulrl.errors import UserError
+from ulrl.machine import eval_batch, pick_device
+from ulrl.metrics import agreement
+from ulrl.options import Schema
+from ulrl.training import Monitor
+
+Images = Any  # a tensor, an array, or any iterable of batches of them
+Augment = Callable[[torch.Tensor], torch.Tensor]
+Progress = bool | Callable[[str, int, int], None]
+
+UNREADABLE, DOUBTFUL = 0.25, 0.5  # agreement with the labels beyond chance, below which no verdict is given, or a doubt
+BYTES = 30.0  # no usual normalisation leaves a value as large
+
+
+class Note(UserWarning):
+    """Something about the model, the samples or a result that the user should know. Also in `report["notes"]`."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A user's model and samples, ready for a method.
+
+    model: a float32 copy, all of it trainable, in eval mode. clean: the samples, on the device of the copy.
+    reading: how far the model's answers agree with the labels beyond chance, see `ulrl.metrics.agreement`.
+    notes: what is worth saying.
+    """
+
+    model: nn.Module
+    clean: InputSet
+    reading: float
+    notes: list[str]
+
+
+def prepare(
+    model: Any, images: Images, labels: Any, augment: Augment | None = None, device: str | torch.device | None = None
+) -> Given:
+    """Check what the user gave and make it ready. The copy of the model stands on `device`, its own where None.
+
+    Raises:
+        UserError: a model, samples or a device that do not fit; the sentence says what to do.
+    """
+    x, y = _samples(images, labels)
+    place = _device(_network(model), device)
+    try:
+        subject = copy.deepcopy(model).float().requires_grad_(True).to(place)
+        subject.train()
+        subject.eval()
+    except Exception as error:  # whatever a stranger's module makes of it
+        raise UserError(
+            f"the model cannot be copied and switched between training and evaluation "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); give the plain nn.Module it was made from"
+        ) from error
+    x, y = x.to(place), y.to(place)
+    classes = head_size(subject, x)
+    with torch.no_grad():
+        logits = torch.cat([subject(part).float() for part in x.split(eval_batch(place))])
+    if not logits.isfinite().all():
+        raise UserError("the model gives NaN or infinite logits for some images; check it, and their normalisation")
+    if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise UserError("the model returns probabilities, and logits are needed; take the softmax out of its forward")
+    wrong = (y < 0) | (y >= classes)
+    if wrong.any():
+        raise UserError(
+            f"label {int(y[wrong][0])} is outside of the model's {classes} classes, which are 0 to {classes - 1}"
+        )
+    predicted = logits.argmax(1)
+    reading = agreement(predicted, y, classes)
+    low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+    std = 1 / (high - low).clamp_min(1e-6)
+    mean = -low * std
+    _, channels, height, width = x.shape
+    spec = DatasetSpec(
+        "samples", classes, channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), crop_padding=0
+    )
+    right = (predicted == y).double().mean().item()
+    notes = _notes(classes - len(y.unique()), classes, reading, right, low.min().item(), high.max().item())
+    return Given(subject, InputSet(x, y, spec, augment), reading, notes)
+
+
+def _notes(absent: int, classes: int, reading: float, right: float, low: float, high: float) -> list[str]:
+    notes = []
+    if absent:
+        notes.append(f"{absent} of the model's {classes} classes have no clean sample; they may suffer in the repair")
+    if max(-low, high) > BYTES:
+        notes.append(
+            f"images run from {low:.4g} to {high:.4g}, as if they were not normalised; "
+            "that is right only for a model that does it itself"
+        )
+    if reading < DOUBTFUL:
+        notes.append(
+            f"the model reads only {100 * right:.0f}% of these images right"
+            f"{', about as many as by chance' if reading < UNREADABLE else ''}: are their labels, "
+            "size and normalisation, and the order of the classes, those of its training?"
+        )
+    return notes
+
+
+def say(notes: list[str]) -> list[str]:
+    """Warn of each, where the caller of the caller stands, and return them."""
+    for note in notes:
+        warnings.warn(note, Note, stacklevel=3)
+    return notes
+
+
+def make_method(name: str, hyperparameters: Mapping[str, Any]) -> Any:
+    """The defense of that name with these options.
+
+    Raises:
+        UserError: no such method or option, an unfit value, a method that cannot repair a finished model.
+    """
+    defense = DEFENSES[name]
+    if defense.in_training:
+        raise UserError(f"{name} repairs while it trains on the poisoned training set; use defense/{name}.py")
+    schema = Schema(defense)
+    settings, _ = schema.merge(("", schema.check(hyperparameters, f"the options of {name}")))
+    return settings.build(defense)
+
+
+def make_monitor(progress: Progress) -> Monitor:
+    """A monitor that shows bars (True), tells a function of (stage, steps done, steps at most), or is silent."""
+    return Monitor(bar=progress is True, tell=progress if callable(progress) else None)
+
+
+# The samples
+
+
+def _samples(images: Images, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images float32 [N, C, H, W] and labels int64 [N], on the CPU or where they were."""
+    if labels is None:
+        if _is_array(images):
+            raise UserError("no labels: give labels, one per image, or an iterable of (images, labels) batches")
+        pairs = [tuple(pair) for pair in images if isinstance(pair, (tuple, list)) and len(pair) == 2]
+        if not pairs:
+            raise UserError("images yields no (images, labels) pairs; give the labels too")
+        images, labels = zip(*pairs, strict=True)
+    x, y = _joined(images, "images"), _joined(labels, "labels")
+    if not x.dtype.is_floating_point:
+        raise UserError(
+            f"images are {str(x.dtype).removeprefix('torch.')}; give them as the model expects them: "
+            "floating point, scaled and normalised as in its training"
+        )
+    if x.ndim != 4 or not x.numel():
+        raise UserError(f"images have the shape {list(x.shape)}, not [N, C, H, W] with N > 0")
+    if y.dtype.is_floating_point or y.dtype == torch.bool or y.shape != x.shape[:1]:
+        raise UserError(f"labels are {y.dtype} {list(y.shape)}; give one whole number for each of the {len(x)} images")
+    if len(x) < 2:
+        raise UserError("one sample is too few to train on")
+    x = x.detach().float()
+    if not x.isfinite().all():
+        raise UserError("images hold NaN or infinite values; remove those samples")
+    return x, y.detach().to(torch.int64)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
+
+
+def _joined(value: Any, what: str) -> torch.Tensor:
+    """A tensor, an array, a list of numbers, or batches of any of these, as one tensor."""
+    try:
+        if _is_array(value):
+            return torch.as_tensor(value)
+        parts = [torch.as_tensor(part) for part in value]
+        if not parts:
+            raise UserError(f"there are no {what}")
+        return torch.stack(parts) if parts[0].ndim in (0, 3) else torch.cat(parts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} cannot be read as one array: {' '.join(str(error).split())}") from None
+
+
+# The model
+
+
+def _network(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        what = f"{os.fspath(model)!r}, a path; build the network and load the file into it, or use `ulrl purify`"
+    elif isinstance(model, Mapping):
+        what = "a dictionary of weights; build the network, call its load_state_dict with them, and give the network"
+    elif isinstance(model, type):
+        what = f"the class {model.__name__}; make one, {model.__name__}(...), with its trained weights"
+    elif callable(model):
+        what = f"the function {getattr(model, '__name__', model)!s}; give the nn.Module that it returns or calls"
+    else:
+        what = f"of the type {type(model).__name__}"
+    raise UserError(f"the model must be a torch.nn.Module and is {what}")
+
+
+def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if tensor is None:
+        raise UserError("the model has no parameters, so there is nothing to repair")
+    if wanted is None:
+        return tensor.device
+    return pick_device(str(wanted))
+
+
+def head_size(model: nn.Module, x: torch.Tensor) -> int:
+    """The K of the logits [B, K] that a model makes of the first two of the samples `x`, float [N, C, H, W].
+
+    Raises:
+        UserError: it fails on them, or its output is something else.
+    """
+    try:
+        first = model(x[:2])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"the model fails on a batch of {list(x[:2].shape)} ({reason})") from error
+    if not isinstance(first, torch.Tensor) or first.ndim != 2 or len(first) != len(x[:2]) or first.shape[1] < 2:
+        shape = list(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+        raise UserError(f"the model's output is {shape}, not logits [B, K]; wrap it in a module that returns them")
+    if not first.requires_grad:
+        raise UserError("the model's output carries no gradient; take torch.no_grad() or detach() out of its forward")
+    return first.shape[1]

@@ -1,0 +1,146 @@
+"""Diagnosis: which class of a model is most suspicious, and whether that is evidence of a backdoor."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from ulrl.defenses.universal import STEPS, smallest_universal
+from ulrl.own_model.given import UNREADABLE, Augment, Images, Progress, make_method, make_monitor, prepare, say
+from ulrl.seeds import generator, global_stream
+
+BACKDOORED, UNCERTAIN, NO_EVIDENCE, NO_VERDICT = "backdoored", "uncertain", "no evidence found", "no verdict"
+
+STEPS_AN_EPOCH = 4  # of unlearning, by default
+SEARCH_SAMPLES = 32
+SEARCH_CLASSES = 10
+NEAR = 0.25  # share of the median norm, set on 24 small models; those of bench/suspect_rates.py are others
+
+
+@dataclass(frozen=True, repr=False)
+class Suspicion:
+    """A diagnosis; see `suspect`.
+
+    verdict: "backdoored", "uncertain", "no evidence found" or, where the model cannot read the samples, "no
+    verdict". label: the most suspicious class, None without a verdict. z: its robust z in the ranking. reach: the
+    norm of the smallest universal perturbation found that leads to it, as a share of the median over the classes
+    that were compared. ranking: one row per class: change, z, flagged, perturbation (the norm, where the range of
+    the samples is 1; infinite where none was found, missing where none was searched) and reach; without rows where
+    there is no verdict. report: JSON-able but for a z or reach that is NaN; its notes say what to mind.
+    """
+
+    verdict: str
+    label: int | None
+    z: float
+    reach: float
+    ranking: pd.DataFrame
+    report: dict[str, Any] = field(repr=False)
+
+    def summary(self) -> str:
+        """The verdict, the five classes of the highest z, and the notes, as text."""
+        lines = [self.verdict if self.label is None else f"{self.verdict}; look at class {self.label}"]
+        if len(self.ranking):
+            top = self.ranking.sort_values("z", ascending=False).head()[["z", "flagged", "reach"]]
+            lines.append(top.round(2).to_string(na_rep="-"))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.report["notes"])])
+
+    __repr__ = summary
+
+
+def suspect(
+    model: nn.Module,
+    images: Images,
+    labels: Any = None,
+    *,
+    augment: Augment | None = None,
+    progress: Progress = False,
+    device: str | torch.device | None = None,
+    **hyperparameters: Any,
+) -> Suspicion:
+    """Say which class of a model is most suspicious, and whether that is evidence of a backdoor. Repairs nothing.
+
+    Two pieces of evidence are wanted, as either alone is seen in models without a backdoor: that ULRL's ranking
+    (whose options are the hyperparameters) flags the class, and that the class is near, as a trigger is a short
+    way to it from every image. For the ten classes of the largest z (all, when there are no more) the smallest
+    universal perturbation is searched, on up to 32 of the images; a class's reach is the norm of its perturbation
+    as a share of their median. The verdict is
+
+    - "backdoored" when a flagged class has a reach below 0.25;
+    - "uncertain" when only one of the two is seen: a class is flagged, however far it is, or one is near; and when
+      either was sought in vain: unlearning ended above its goal, or a perturbation was found for less than half of
+      the classes searched;
+    - "no evidence found" otherwise, which is no proof that there is no backdoor;
+    - "no verdict", and nothing is searched, when the model's answers agree with the labels hardly more than by
+      chance (Cohen's kappa below 0.25: 32% right on ten classes of equal size): then the labels are wrong, or the
+      images are not as in its training.
+
+    How often it is right is in docs/verdicts.md, on models that no threshold was set on.
+
+    Arguments as for `purify`; but `batch_size` is, where it is not given, so small that an epoch of unlearning has
+    four steps, as in the released configuration (500 images, batches of 128). What is worth saying is also warned
+    of, as `ulrl.Note`.
+
+    Raises:
+        UserError: as `purify`.
+    """
+    make_method("ulrl", hyperparameters)  # what is wrong with them is said before the work
+    given = prepare(model, images, labels, augment, device)
+    start, monitor, clean = time.perf_counter(), make_monitor(progress), given.clean
+    defense = make_method("ulrl", {"batch_size": max(2, min(128, len(clean) // STEPS_AN_EPOCH)), **hyperparameters})
+    defense.check(given.model, clean)
+    report: dict[str, Any] = {
+        "verdict": NO_VERDICT, "label": None, "z": math.nan, "reach": math.nan, "samples": len(clean),
+        "classes": clean.spec.num_classes, "options": {**vars(defense)}, "notes": given.notes,
+    }  # fmt: skip
+    if given.reading < UNREADABLE:
+        none = pd.DataFrame(columns=["change", "z", "flagged", "perturbation", "reach"])
+        say(given.notes)
+        return Suspicion(NO_VERDICT, None, math.nan, math.nan, none, report)
+    with global_stream(defense.random_seed, "purify", clean.device):
+        ranking, unlearned, _ = defense.diagnose(given.model, clean, monitor)
+        order = torch.from_numpy(ranking.z.where(ranking.change > ranking.change.median(), 0).to_numpy(copy=True))
+        classes = order.argsort(descending=True, stable=True)[:SEARCH_CLASSES].to(clean.device)
+        drawn = torch.randperm(len(clean), generator=generator(defense.random_seed, "search"))[:SEARCH_SAMPLES]
+        with monitor.stage("search", STEPS) as stage:
+            norms = smallest_universal(given.model, clean.subset(drawn), classes, stage, amp=defense.amp)
+    ranking["perturbation"] = pd.Series(norms.cpu().double().numpy(), index=classes.tolist())
+    usual = ranking.perturbation.median()
+    ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
+    label, verdict = decide(ranking, searched=unlearned.reached)
+    if not unlearned.reached:
+        given.notes.append(
+            f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "
+            f"{defense.clean_threshold:g}, so the ranking says little; raise unlearning_lr or unlearning_epochs"
+        )
+    say(given.notes)
+    report |= {
+        "verdict": verdict,
+        "label": label,
+        "z": float(ranking.z[label]),
+        "reach": float(ranking.reach[label]),
+        "seconds": {**monitor.seconds, "total": time.perf_counter() - start},
+        "evidence": unlearned.evidence,
+    }
+    return Suspicion(verdict, label, report["z"], report["reach"], ranking, report)
+
+
+def decide(ranking: pd.DataFrame, searched: bool = True) -> tuple[int, str]:
+    """The class to look at and the verdict, by the table in `suspect`. ranking: z, flagged, reach by class."""
+    z, marked, reach = (ranking[key].to_numpy() for key in ("z", "flagged", "reach"))
+    if np.isnan(reach).all():
+        return int(z.argmax()), UNCERTAIN
+    near = reach < NEAR  # NaN is not
+    if (marked & near).any():
+        return int(np.nanargmin(np.where(marked, reach, np.nan))), BACKDOORED
+    if near.any():
+        return int(np.nanargmin(reach)), UNCERTAIN
+    if marked.any():
+        return int(np.where(marked, z, -np.inf).argmax()), UNCERTAIN
+    return int(np.nanargmin(reach)), NO_EVIDENCE if searched else UNCERTAIN

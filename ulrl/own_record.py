@@ -1,0 +1,55 @@
+"""Repair of a record from Python, as `python defense/NAME.py` does it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from ulrl.configure import configure_defense, defense_schema
+from ulrl.models import load_model
+from ulrl.own_model import Purified
+from ulrl.record import find_record, load_defense_result
+from ulrl.report.pictures import draw
+from ulrl.report.tables import result_table
+from ulrl.runs.defending import run_once
+
+
+@dataclass(frozen=True, repr=False)
+class PurifiedRecord(Purified):
+    """As `ulrl.Purified`, and `folder`, where it was written. report: the run's `result.json`, with ACC, ASR and RA."""
+
+    folder: Path
+
+    def summary(self) -> str:
+        """The table that the command line prints."""
+        text = io.StringIO()
+        Console(file=text, width=100).print(result_table(self.report))
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    __repr__ = summary
+
+
+def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = True, **options: Any) -> PurifiedRecord:
+    """Repair a record's model, judge it, and write the results into the record; what is there already is read.
+
+    record: its name under record/, or the path of its folder. options: by the names of the flags of
+    `python defense/NAME.py`, over those of the options files; `overwrite=True` replaces results with other options.
+
+    Raises:
+        UserError: no such record, method or option; data that is not there; results with other options.
+    """
+    opened = find_record(str(record), "record")
+    given = defense_schema(method).check(options, f"the options of {method}")
+    defense, run = configure_defense(method, given, opened.dataset, opened.model_name, quiet=True)
+    folder, result = run_once(defense, opened, run, bar=progress)
+    draw(folder)
+    weights = load_defense_result(folder, opened)
+    model = load_model(opened.model_name, opened.num_classes, weights, opened.img_size[2])
+    tables = {file.stem: pd.read_csv(file, index_col=0) for file in folder.glob("*.csv")}
+    history = tables.pop(f"{method}_df").reset_index()
+    return PurifiedRecord(model, result["flagged"], tables.pop("neurons", None), result, history, tables, folder)
