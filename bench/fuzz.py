@@ -2,10 +2,10 @@
 
 Whole files of each kind are damaged (bytes flipped, cut, doubled, swapped for telling values; pickles also on their
 own, with checksums that fit) and read. An input is a finding when the reader raises anything but a UserError, takes
-over two seconds of a processor, over a gigabyte (but in `_reader`, which has that limit itself), or ends its process. Batches run in forked processes, so that a
+over two seconds of a processor, over a gigabyte, or ends its process. Batches run in forked processes, so that a
 finding ends only its own. The torch reader is tried inside `_reader`, whose own limits would otherwise hide what is
-slow; some inputs go the whole way, through `load_torch` and `load_record`. bench/results/fuzz.json says how many inputs
-were tried, by kind, and what was found.
+slow or ends it (too little memory is a refusal there); some inputs go the whole way, through `load_torch` and
+`load_record`. bench/results/fuzz.json says how many inputs were tried, by kind, and what was found.
 """
 
 from __future__ import annotations
