@@ -15,7 +15,7 @@ from ulrl.options import option
 from ulrl.record import find_record
 from ulrl.registry import nearest
 from ulrl.report import plots
-from ulrl.report.frame import KEYS, export_frame, frame_of_runs, select
+from ulrl.report.frame import KEYS, export_frame, frame_of_runs, harmless_cells, select
 from ulrl.report.page import write_report
 from ulrl.report.pooling import in_order, summarise
 from ulrl.report.results import find_runs, load_ranking
@@ -57,7 +57,7 @@ def results(argv: Sequence[str]) -> None:
         export_frame(frame, Path(options.export))
     match options.format:
         case "csv":
-            print(summary.to_csv(index=False), end="")
+            print(harmless_cells(summary).to_csv(index=False), end="")
         case "markdown":
             print(summary_markdown(summary), end="")
         case "latex":

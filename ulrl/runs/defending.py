@@ -34,6 +34,7 @@ from ulrl.runs.common import (
 )
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
+from ulrl.untrusted.opening import read_text
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +166,8 @@ def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
         return clean_subset(size, run.ratio, run.random_seed)
     file = find_input(run.index)
     try:
-        index = [int(word) for word in file.read_text().split()]
-    except (OSError, ValueError) as error:
+        index = [int(word) for word in read_text(file).split()]
+    except (UserError, ValueError) as error:
         raise UserError(f"--index {file}: not a readable list of whole numbers ({error})") from None
     if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
         raise UserError(f"--index {file}: give different indices, each from 0 to {size - 1}, at least one")
