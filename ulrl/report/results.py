@@ -115,6 +115,18 @@ def _why(error: Exception) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
+def check_result(file: Path) -> dict[str, Any]:
+    """The content of a `result.json`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        return _checked(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({_why(error)}); remove its folder, and it is run again") from None
+
+
 def _checked(file: Path) -> dict[str, Any]:
     """A `result.json` whose every value that is read elsewhere has the right type.
 

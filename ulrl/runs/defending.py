@@ -35,6 +35,7 @@ from ulrl.runs.common import (
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
 from ulrl.untrusted.opening import read_text
+from ulrl.untrusted.texts import read_json
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +131,8 @@ def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = T
     """
     folder = record.folder / "defense" / (run.save_folder_name or defense.name)
     if not run.overwrite:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours
-            result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError, KeyError, TypeError):  # absent, or not one of ours
+            result: dict[str, Any] = read_json(folder / "result.json", record.folder.resolve())
             if result["options"] == json.loads(json.dumps(_options(defense, run))):
                 return folder, result
     return run_defense(defense, record, run, bar=bar)
