@@ -26,8 +26,8 @@ from ulrl.errors import UserError
 from ulrl.metrics import perceptibility
 from ulrl.models import build_model
 from ulrl.record import load_record
-from ulrl.report.tables import result_table
 from ulrl.report.pictures import draw
+from ulrl.report.tables import result_table
 from ulrl.runs.attacking import run_attack
 from ulrl.training import Monitor, TrainOptions
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-
 TOOK = 0.5  # least ASR of a backdoor that took: below it most triggered images are not given the attacker's label
 
 

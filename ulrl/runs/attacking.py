@@ -23,7 +23,7 @@ from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.files import home, save_torch, whole_folder
-from ulrl.machine import PeakMemory, environment, pick_device
+from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import TOOK, Judgement, perceptibility, took
 from ulrl.models import build_model, load_model
 from ulrl.record import find_record
@@ -97,7 +97,12 @@ def run_attack(
     name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
-    with whole_folder(home() / "record" / name, overwrite=run.overwrite, keep=LEARNED) as folder, log_file(folder):
+    final, pixels = home() / "record" / name, spec.height * spec.width
+    with (
+        whole_folder(final, overwrite=run.overwrite, keep=LEARNED) as folder,
+        log_file(folder),
+        threads_for(pixels, device),
+    ):
         train, clean_test = load_dataset(run.dataset, run.dataset_path, run.img_size)
         n_train, kept = len(train), _training_subset(len(train), run)
         train, clean_test = (train.subset(kept) if len(kept) < n_train else train).to(device), clean_test.to(device)
@@ -168,7 +173,7 @@ def run_attack(
             "environment": environment(device),
         }  # fmt: skip
         write_json(folder / "result.json", result)
-    return home() / "record" / name, result
+    return final, result
 
 
 def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar: bool = True) -> TriggerSample:
