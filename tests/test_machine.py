@@ -43,12 +43,8 @@ def test_tiny_images_have_one_thread_unless_the_user_said_otherwise(
 def test_a_busy_machine_is_said_where_threads_would_wait(
     two_threads: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cases = (
-        (0.5, 1024, CPU, 0),
-        (3.0, 1024, CPU, 1),
-        (3.0, 64, CPU, 0),
-        (3.0, 1024, GPU, 0),
-    ):
+    cases = ((0.5, 1024, CPU, 0), (3.0, 1024, CPU, 1), (3.0, 64, CPU, 0), (3.0, 1024, GPU, 0))
+    for load, pixels, device, said in cases:
         caplog.clear()
         monkeypatch.setattr(machine.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         with threads_for(pixels, device):
