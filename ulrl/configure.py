@@ -200,13 +200,13 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[L
     if "yaml_path" in flags:
         training = [yaml_layer(schema, flags["yaml_path"])]
     else:
-        usual = flags.get("dataset", schema.fields["dataset"].default)
+        usual = flags.get("dataset", PreviewRun.dataset)
         training = _usual_layers(schema, "attack/prototype", usual, flags.get("model"))
     if "bd_yaml_path" in flags:
         own = [yaml_layer(schema, flags["bd_yaml_path"])]
     else:
         said = (flags, *(values for _, values in reversed(training)))
-        dataset = next((v["dataset"] for v in said if "dataset" in v), schema.fields["dataset"].default)
+        dataset = next((v["dataset"] for v in said if "dataset" in v), PreviewRun.dataset)
         own = [_usual_layer(schema, f"attack/{name}", "default")]
         if name != "prototype":  # whose files are those of the training
             own.append(_usual_layer(schema, f"attack/{name}", dataset))
