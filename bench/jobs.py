@@ -87,18 +87,28 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class CleanNetsJob(MeasureJob):
-    """What clean nets make of the record's triggered images, and of them after each re-activation."""
+    """What clean nets make of the record's triggered images."""
+
+    def measure(self, bench: Bench) -> dict[str, Any]:
+        nets = {name: bench.net(find_record(name)) for name in self.clean_nets}
+        return {
+            "nets": [
+                {"net": name, **asdict(judge(net, bench.clean_test, bench.poisoned_test))} for name, net in nets.items()
+            ]
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanNetsAgainJob(MeasureJob):
+    """Clean nets, after each attack that is to bring a repaired model's backdoor back."""
 
     def measure(self, bench: Bench) -> dict[str, Any]:
         material, backdoored = Material.of(bench.train, bench.poisoned_test), bench.net()
         nets = [bench.net(find_record(name)) for name in self.clean_nets]
-        rows = []
-        for i, net in enumerate(nets):
-            other = nets[i - 1]  # the clean net that the query attack spares is another one
-            figures = asdict(judge(net, bench.clean_test, bench.poisoned_test))
-            again = reactivate(net, backdoored, other, bench.clean_test, material)
-            rows.append({"net": self.clean_nets[i], **figures, "reactivation": again})
-        return {"nets": rows}
+        # The clean net that the query attack spares is another one, where there is another.
+        return {
+            "nets": [reactivate(net, backdoored, nets[i - 1], bench.clean_test, material) for i, net in enumerate(nets)]
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

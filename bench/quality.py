@@ -1,4 +1,4 @@
-"""What each defense leaves of each backdoor:  python -m bench.quality [--profile cpu|gpu] [--records ...] [--defenses ...]
+"""What each defense leaves of each backdoor:  python -m bench.quality [--profile cpu|gpu] [--records NAME ...]
 
 The victims are those of bench.victims that are there and took; what is not there is named. Every defense has its
 published values (config/defense/<name>/published.yaml; `rnp:ours` has those that its script would use), 1% and 5% of
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.jobs import CleanNetsJob, ReactivationJob, RepairJob, TruthJob
+from bench.jobs import CleanNetsAgainJob, CleanNetsJob, ReactivationJob, RepairJob, TruthJob
 from bench.tables import gather, report
 from bench.victims import PROFILES, chosen, jobs_of, start, took_of, victim_of
 from ulrl.configure import configure_defense
@@ -94,19 +94,24 @@ def jobs_for(plan: Plan) -> Iterator[Job]:
                 name=f"{record.name}/reach/clean_nets", needs=record.name, alike=("clean nets",), record=record.name,
                 clean_nets=plan.clean, small=True,
             )  # fmt: skip
+    if "reactivation" in plan.measures:
+        for record in victims:
+            yield CleanNetsAgainJob(
+                name=f"{record.name}/reach/clean_nets_again", needs=record.name, alike=("clean nets again",),
+                record=record.name, clean_nets=plan.clean, small=True,
+            )  # fmt: skip
     for subset in range(plan.subsets):
         for ratio in plan.ratios:
             for defense in plan.defenses:
                 for record in plan.records:
                     repair = repair_job(record, defense, ratio, subset, round(ratio * images))
-                    if "repair" in plan.measures:
+                    if "repair" in plan.measures or repair.done():
                         yield repair
-                    if "reactivation" in plan.measures and victim_of(record) and (repair.done() or "repair" in plan.measures):
-                        yield ReactivationJob(
-                            name=f"{repair.name}/reactivation", needs=repair.name if "repair" in plan.measures else None,
-                            alike=("reactivation",), record=record.name, clean_nets=plan.clean, repaired=repair.name,
-                            small=True,
-                        )  # fmt: skip
+                        if "reactivation" in plan.measures and victim_of(record):
+                            yield ReactivationJob(
+                                name=f"{repair.name}/reactivation", needs=repair.name, alike=("reactivation",),
+                                record=record.name, clean_nets=plan.clean, repaired=repair.name, small=True,
+                            )  # fmt: skip
             for record in victims if "reach" in plan.measures else ():
                 yield TruthJob(
                     name=f"{record.name}/reach/truth_r{ratio:g}_c{subset}", needs=record.name, alike=("truth",),

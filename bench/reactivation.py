@@ -1,9 +1,10 @@
 """Attacks on a repaired model by the one who planted the backdoor: does it come back?
 
 retuned: "retuning attack" of arXiv 2410.09838: fine-tuning on a few clean images and five triggered ones.
-query: "query-based reactivation attack" of the same paper: one perturbation for all images, found from what the repaired
-    model answers, that makes it answer as the backdoored model does, and not a clean net (so that it is no ordinary
-    adversarial perturbation). Its release trains a network that paints the perturbation; here it is learnt as it is.
+query: "query-based reactivation attack" of the same paper: one perturbation for all images, found from what the
+    repaired model answers, that makes it answer as the backdoored model does, and not a clean net (so that it is no
+    ordinary adversarial perturbation). Its release trains a network that paints the perturbation; here it is learnt
+    as it is.
 universal: the white-box attack of arXiv 2405.16134: one perturbation on top of the trigger, towards the target.
 
 Both perturbations are within 0.05 of the pixels' range in L-infinity; they are made on some triggered test images, from

@@ -34,6 +34,7 @@ def gather(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
         victim = victim_of(job)
         reach = _read(job.folder / "reach" / "clean_nets" / "result.json")
         nets = reach["nets"] if reach else []
+        nets_again = _read(job.folder / "reach" / "clean_nets_again" / "result.json")
         for file in sorted(job.folder.glob("defense/bench_*/result.json")):
             parts = FOLDER.fullmatch(file.parent.name)
             result = _read(file)
@@ -45,7 +46,8 @@ def gather(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
                 "record": name, "attack": victim.name if victim else "clean",
                 "rate": job.attack.pratio if victim else None, "defense": defense, "ratio": ratio, "subset": subset,
                 "clean_samples": result["clean_samples"],
-                **{f"{k}_before": before[k] for k in ("acc", "asr", "ra")}, **{k: after[k] for k in ("acc", "asr", "ra")},
+                **{f"{k}_before": before[k] for k in ("acc", "asr", "ra")},
+                **{k: after[k] for k in ("acc", "asr", "ra")},
                 "acc_lost": before["acc"] - after["acc"], "der": result["der"],
                 "flagged": " ".join(map(str, result["flagged"])),
                 "seconds": result["seconds"]["total"] - result["seconds"]["judge"],
@@ -60,8 +62,9 @@ def gather(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
             again = _read(file.parent / "reactivation" / "result.json")
             if again:
                 row |= {f"again_{k}": again["asr"][k] for k in (*ATTACKS_AFTER, "retuned_acc")}
-            for k in ATTACKS_AFTER if nets else ():
-                row[f"clean_again_{k}"] = sum(net["reactivation"][k] for net in nets) / len(nets)
+            if nets_again:
+                again_of = nets_again["nets"]
+                row |= {f"clean_again_{k}": sum(net[k] for net in again_of) / len(again_of) for k in ATTACKS_AFTER}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -154,7 +157,10 @@ def _repairs(runs: pd.DataFrame) -> list[str]:
 
     by_record = {record: runs[runs.record == record] for record in records}
     line("(none)", "", "", [_pair(part.head(1), "asr_before", "ra_before") for part in by_record.values()])
-    nets = [f"{_pair(p.head(1), 'clean_asr', 'clean_ra', n=False)} ({p.clean_nets.iloc[0]:.0f})" for p in by_record.values()]
+    nets = [
+        f"{_pair(part.head(1), 'clean_asr', 'clean_ra', n=False)} ({part.clean_nets.iloc[0]:.0f})"
+        for part in by_record.values()
+    ]
     line("(clean nets)", "0", "", nets)
     if "truth_asr" in runs:
         truth = [_pair(part.drop_duplicates("subset"), "truth_asr", "truth_ra") for part in by_record.values()]
@@ -174,8 +180,9 @@ def _reactivations(runs: pd.DataFrame) -> list[str]:
     lines = ["Re-activation: ASR in percent, mean ±95% interval over records (n).", "",
              "| defense | as repaired | retuned | query | universal |", "|---|---:|---:|---:|---:|"]  # fmt: skip
     once = runs.drop_duplicates("record")
-    cells = [cell(once[f"clean_again_{k}"].dropna().tolist()) for k in ATTACKS_AFTER]
-    lines.append("| (clean nets) | " + " | ".join(cells) + " |")
+    if "clean_again_before" in once:
+        cells = [cell(once[f"clean_again_{k}"].dropna().tolist()) for k in ATTACKS_AFTER]
+        lines.append("| (clean nets) | " + " | ".join(cells) + " |")
     done = runs[runs.again_before.notna()]
     for name in ranking(runs).defense:
         part = done[done.defense == name].groupby("record")[[f"again_{k}" for k in ATTACKS_AFTER]].mean()
@@ -189,7 +196,8 @@ def _clean(runs: pd.DataFrame) -> list[str]:
     """What each defense does to models without a backdoor."""
     if runs.empty:
         return ["No clean net has been repaired."]
-    lines = ["### Clean nets", "", "Accuracy lost in points, mean ±95% interval (n runs); runs that flagged a class.", "",
+    lines = ["### Clean nets", "",
+             "ACC lost in points, mean ±95% interval (n runs); false alarms: runs that flagged a class.", "",
              "| defense | clean samples | ACC lost | false alarms |", "|---|---:|---:|---:|"]  # fmt: skip
     for (ratio, name), part in runs.groupby(["ratio", "defense"]):
         alarms = int((part.flagged != "").sum())

@@ -78,7 +78,7 @@ def test_every_record_of_a_profile_is_a_line_of_the_table(profile: str) -> None:
 def test_a_name_means_an_attack_or_a_pattern() -> None:
     jobs = jobs_of("cpu")
     assert {victim_of(job).name for job in chosen(jobs, ["badnet"])} == {"badnet"}  # type: ignore[union-attr]
-    assert [job.name for job in chosen(jobs, ["*_lf_p0.1_*_s1_*"])][0].split("_")[3] == "clean"  # which it needs
+    assert next(job.name for job in chosen(jobs, ["*_lf_p0.1_*_s1_*"])).split("_")[3] == "clean"  # which it needs
     with pytest.raises(UserError, match="badnett"):
         chosen(jobs, ["badnett"])
 

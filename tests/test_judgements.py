@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,11 +37,11 @@ class Case:
 
 
 @pytest.fixture
-def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     case = Case()
     assert case() == FIGURES
-    yield case
+    return case
 
 
 def test_the_same_model_on_the_same_data_is_judged_once(case: Case) -> None:
@@ -77,9 +76,7 @@ def test_a_damaged_one_is_judged_anew(case: Case, tmp_path: Path, content: str) 
     assert case.judged == 2
 
 
-def test_without_a_place_to_keep_it_a_run_goes_on(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_place_to_keep_it_a_run_goes_on(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert case() == FIGURES
