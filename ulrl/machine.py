@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
     bf16 has fp32's range, so there is no loss scaling and no step is skipped for an overflow.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bf16(device))
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside the block float32 is float32 on a GPU too, where convolutions are else computed in TF32, with 10 bits."""
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = False
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _digest(name: str, model: nn.Module, clean: ImageSet, poisoned: PoisonedSet,
     device = clean.device
     with autocast(device, amp):
         precision = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "float32"
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    kind = (torch.cuda.get_device_name(device), torch.backends.cudnn.allow_tf32) if device.type == "cuda" else "cpu"
     about = (name, precision, kind, torch.__version__, _code(), repr(clean.spec), repr(poisoned.spec))
     digest = hashlib.sha256(repr(about).encode())
     tensors: dict[str, Any] = {
