@@ -62,9 +62,9 @@ class Defense:
         """
         raise NotImplementedError
 
-    def batches(self, clean: ImageSet, stream: str) -> Batches:
-        """Shuffled and augmented batches of the clean samples, drawn from the named stream."""
-        return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device))
+    def batches(self, clean: ImageSet, stream: str, *, augmented: bool = True) -> Batches:
+        """Shuffled and, unless told otherwise, augmented batches of the clean samples, drawn from the named stream."""
+        return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device), augmented=augmented)
 
 
 DEFENSES: Registry[Defense] = Registry("defense", "ulrl.defenses")
