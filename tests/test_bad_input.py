@@ -163,7 +163,7 @@ NEW = [*TINY, "--save_folder_name", "new"]
         (["--save_folder_name", "a/b"], ["--save_folder_name", "a/b"]),
         (["--save_folder_name", "../out"], ["--save_folder_name", "../out"]),
         (["--save_folder_name", ".hidden"], ["--save_folder_name", ".hidden"]),
-        (["--save_folder_name", "x" * 300], ["x" * 300]),
+        (["--save_folder_name", "x" * 300], ["xxx"]),
     ],
     ids=lambda value: "_".join(value)[:40],
 )

@@ -345,7 +345,7 @@ def strategy(schema: Schema, key: str) -> st.SearchStrategy[Any]:
     if kind is float:
         return st.floats(about["low"], about["high"], allow_nan=False, allow_infinity=False)
     if kind is str:
-        return st.text(st.characters(exclude_categories=["Cs"])).filter(
+        return st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).filter(
             lambda text: text.strip().lower() not in ("", "none", "null")
         )
     assert typing.get_origin(kind) is tuple

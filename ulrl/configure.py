@@ -178,7 +178,7 @@ def options_file(given: str) -> Path:
         UserError: there is neither.
     """
     own = find_input(given)
-    if own.is_file():
+    if own.exists() and not own.is_dir():  # a pipe is told of by who reads it
         return own
     parts = PurePath(given).with_suffix("" if given.endswith(".yaml") else PurePath(given).suffix).parts
     name, shipped = "/".join(parts[1:] if parts[:1] == ("config",) else parts), shipped_files()

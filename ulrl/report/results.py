@@ -50,7 +50,8 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
                 real_path(file, root.resolve())
                 runs.append(Run(file.parent, _checked(file)))
             except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-                left_out.append(f"{printable(str(file))}: {_why(error)}")
+                why = str(error) if isinstance(error, UserError) else f"{file}: {_why(error)}"
+                left_out.append(one_line(why))
                 log.warning("left out: %s", left_out[-1])
     return runs, left_out
 

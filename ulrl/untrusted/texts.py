@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
@@ -20,6 +21,7 @@ from ulrl.untrusted.opening import TEXT, read_text
 YAML = 256 << 10  # bytes; PyYAML reads about 100 KB a second
 DIGITS = 400  # of a number
 COLUMNS = 1000
+STDIN = Path("/dev/stdin")
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,7 +57,10 @@ def read_yaml(file: Path) -> dict[Any, Any]:
     Raises:
         UserError: no such file, not YAML, empty, not a mapping; a key that is there twice; anchors.
     """
-    text = read_text(file, YAML)
+    if file == STDIN:  # what the user's own shell pipes in
+        text = sys.stdin.read(YAML)
+    else:
+        text = read_text(file, YAML)
     try:
         content = yaml.load(text, _Loader)
     except Exception as error:  # whatever PyYAML makes of a stranger's text
