@@ -204,7 +204,7 @@ def sweeps() -> Iterator[Case]:
         def plant(place: Place, make: Callable[[Path, Place], object] = make) -> None:
             put(place.home / "good.yaml", head)
             folder = place.home / "record" / ".sweep"
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             from ulrl.sweep.grid import read_sweep
 
             (job,) = read_sweep(str(place.home / "good.yaml"))
