@@ -41,8 +41,6 @@ Records, which are backdoored models with what is needed to judge a repair
   inspect FILE                     what a record, checkpoint or weights file holds, without loading it
   convert RECORD --to safetensors  the same record without a pickle; --to pickle: as BackdoorBench reads it
   preview ATTACK [options]         draw an attack's trigger, without training a backdoored model
-  inspect FILE                     what a record, checkpoint or weights file holds, without loading it
-  convert RECORD --to safetensors  the same record without a pickle; --to pickle: as BackdoorBench's
   list                             attacks, defenses, data sets and models
   list configs                     the options files that come with ulrl, by the names that --yaml_path and sweep take
 

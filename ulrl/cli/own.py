@@ -15,7 +15,7 @@ from ulrl import own_files
 from ulrl.cli.terminal import print_path, print_table
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import DEFENSES, Defense
-from ulrl.errors import UserError, one_line
+from ulrl.errors import UserError
 from ulrl.options import Schema
 from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN, Note
 from ulrl.own_model.given import make_method

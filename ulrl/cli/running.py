@@ -23,7 +23,7 @@ from ulrl.configure import (
     yaml_layer,
 )
 from ulrl.defenses.base import DEFENSES, Defense
-from ulrl.errors import UserError, one_line
+from ulrl.errors import UserError
 from ulrl.files import whole_file
 from ulrl.options import Schema, option
 from ulrl.record import Record, find_record

@@ -125,7 +125,7 @@ def plot(argv: Sequence[str]) -> None:
                 if figure == "heatmap":
                     plots.heatmap(partial, frame, options.metric, format, paper)
                 else:
-                    plots.asr_against_acc(partial, frame, format)
+                    plots.asr_against_acc(partial, frame, format, paper)
     print_path(out)
 
 
