@@ -210,6 +210,9 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[L
         own = [_usual_layer(schema, f"attack/{name}", "default")]
         if name != "prototype":  # whose files are those of the training
             own.append(_usual_layer(schema, f"attack/{name}", dataset))
+        if "yaml_path" in flags:  # what the user named for the training says how to train
+            trains = {f.name for f in fields(TrainOptions)}
+            own = [(path, {k: v for k, v in values.items() if k not in trains}) for path, values in own]
     files = [*training, *own]
     for other, ours in DEFENSE_ONLY.items():  # in a defense's file they only describe the record
         if any(other in layer for layer in (flags, *(values for _, values in files))):

@@ -48,7 +48,7 @@ def preview(argv: Sequence[str]) -> None:
     sample = run_preview(attack, run, training)
     path = Path(f"preview_{attack.name}_{run.dataset}.png")
     with whole_file(path) as partial:
-        plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles)
+        plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles, f"{name} on {run.dataset}")
     print_table(perceptibility_table(name, run.dataset, sample.perceptibility))
     print(path)
 
