@@ -66,20 +66,6 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def whole_float32() -> Iterator[None]:
-    """Inside the block float32 is float32 on a GPU too, where convolutions are else computed in TF32, with 10 bits."""
-    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [setting.allow_tf32 for setting in settings]
-    try:
-        for setting in settings:
-            setting.allow_tf32 = False
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.allow_tf32 = value
-
-
-@contextlib.contextmanager
 def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
     """The threads of a run on images of so many pixels: inside the block one, where they are tiny.
 
@@ -100,6 +86,20 @@ def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside the block float32 is float32 on a GPU too, where convolutions are else computed in TF32, with 10 bits."""
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = False
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Defense:
 
     batch_size: int = option(128, "clean images per step", source="ULRL release", low=2)
     amp: bool = option(True, "bf16 autocast where the device has it", source="ULRL release")
-    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
         """Called before any work: say why the method cannot repair such a model. Arguments as of `run`.
