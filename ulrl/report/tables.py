@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from ulrl.metrics import TOOK
 from ulrl.record import Record
 from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of
 from ulrl.report.pooling import best_of, notes_of, summarise
@@ -44,6 +45,8 @@ def result_table(result: dict[str, Any]) -> RenderableType:
             about.append(f"{result['clean_samples']} clean samples")
         lines.add_row("DER %", _percent(result["der"]))
         lines.add_row("flagged", escape(printable(flagged_text(result["flagged"], result.get("target")))))
+    elif result["took"] is False:
+        lines.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%")
     lines.add_row("on", escape(printable(", ".join(about))))
     lines.add_row("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result["seconds"].items()))
     return Group(table, lines)
@@ -55,11 +58,11 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
     runs: those of the record; its own is missing where BackdoorBench made it.
     """
     labels = record.bd_test.labels[~record.bd_test.cover].unique().tolist()
-    planted = "nothing that is told" if record.attack is None else record.attack
-    if len(labels) == 1:
-        planted += f", target {labels[0]}"
+    planted = "an attack without a name" if record.attack is None else record.attack
+    planted += f", target {labels[0]}" if len(labels) == 1 else ""
+    planted += f"; {len(record.bd_test.labels)} triggered test images" if labels else ", so nothing: a clean model"
     about = Table.grid(padding=(0, 2))
-    about.add_row("planted", escape(printable(f"{planted}; {len(record.bd_test.labels)} triggered test images")))
+    about.add_row("planted", escape(printable(planted)))
     about.add_row("on", escape(printable(f"{record.dataset}, {record.num_classes} classes, {record.model_name}")))
     table = Table(title=escape(printable(record.name)), title_style="bold")
     for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
