@@ -512,6 +512,15 @@ def test_ready_made_images_are_taken_by_their_index(tmp_path: Path, monkeypatch:
     refused(lambda: make(ATTACKS["ssba"](**files), tmp_path / "b", monkeypatch), "cannot read", "train.npy")
 
 
+def test_ready_made_images_are_put_where_the_others_are(tmp_path: Path) -> None:
+    """On a GPU they were left on the CPU. The device `meta` is as far away, and everywhere."""
+    _, test = load_dataset("digits")
+    np.save(tmp_path / "bank.npy", np.zeros((len(test), 8, 8, 1), np.uint8))
+    ssba = ATTACKS["ssba"](attack_test_replace_imgs_path=str(tmp_path / "bank.npy"))
+    made = ssba.poison_set(test.to("meta"), torch.arange(5), train=False)
+    assert made.images.device == made.labels.device
+
+
 def test_low_frequency_pattern_of_a_file_is_brought_to_pixel_values(tmp_path: Path) -> None:
     """BackdoorBench ships files in [0, 1] too, and adds them to 0..255 as they are, which changes nothing."""
     pattern = np.random.default_rng(0).uniform(0, 0.2, (1, 8, 8, 1)).astype(np.float32)

@@ -31,7 +31,7 @@ class RunOptions:
         "./data", "folder that holds <dataset>/; for the data set `folder`, that folder", source="BackdoorBench"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
-    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
     eval_every: int = option(0, "judge on the test sets every N epochs too; 0: only at start and end", low=0)
 
 

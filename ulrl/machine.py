@@ -88,6 +88,20 @@ def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside the block float32 is float32 on a GPU too, where convolutions are else computed in TF32, with 10 bits."""
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = False
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides its options."""
     on_gpu = device.type == "cuda"

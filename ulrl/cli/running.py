@@ -23,7 +23,7 @@ from ulrl.configure import (
     yaml_layer,
 )
 from ulrl.defenses.base import DEFENSES, Defense
-from ulrl.errors import UserError
+from ulrl.errors import UserError, one_line
 from ulrl.files import whole_file
 from ulrl.options import Schema, option
 from ulrl.record import Record, find_record
@@ -50,7 +50,7 @@ def preview(argv: Sequence[str]) -> None:
     with whole_file(path) as partial:
         plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles, f"{name} on {run.dataset}")
     print_table(perceptibility_table(name, run.dataset, sample.perceptibility))
-    print(path)
+    print(one_line(str(path)))
 
 
 def defense(argv: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ulrl.cli.terminal import first_name, plain_options, print_table
-from ulrl.errors import UserError
+from ulrl.errors import UserError, one_line
 from ulrl.files import check_output, find_input, home, whole_file
 from ulrl.options import option
 from ulrl.record import find_record
@@ -126,7 +126,7 @@ def plot(argv: Sequence[str]) -> None:
                     plots.heatmap(partial, frame, options.metric, format, paper)
                 else:
                     plots.asr_against_acc(partial, frame, format, paper)
-    print(out)
+    print(one_line(str(out)))
 
 
 def _runs_below(root: Path, where: str | None) -> pd.DataFrame:

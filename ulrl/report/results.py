@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ulrl.data.datasets import SPECS
-from ulrl.errors import UserError
+from ulrl.errors import UserError, one_line
 from ulrl.untrusted.opening import real_path
 
 log = logging.getLogger(__name__)
@@ -107,8 +107,8 @@ def may_show(file: Path, folder: Path) -> bool:
 
 
 def printable(text: str) -> str:
-    """A stranger's text for a terminal: what is not printable, such as an escape code, is spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """A stranger's text for a terminal, a table or a page: what is not printable is spelled out; 200 letters."""
+    return one_line(text, 200)
 
 
 def _why(error: Exception) -> str:

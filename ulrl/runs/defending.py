@@ -32,6 +32,7 @@ from ulrl.runs.common import (
     write_index,
     write_json,
 )
+from ulrl.runs.judgements import kept
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
 
@@ -91,7 +92,10 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder), threads_for(pixels, device):
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
-        before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
+        before = kept(
+            lambda: timed_judge(monitor, model, clean_test, poisoned_test, defense.amp),
+            record.model_name, model, clean_test, poisoned_test, defense.amp,
+        )  # fmt: skip
         with global_stream(run.random_seed, "repair", device):  # dropout draws from torch's own generators
             repair = defense.run(model, given, monitor)
         after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
