@@ -20,7 +20,7 @@ from ulrl.runs.attacking import TriggerSample, run_preview
 
 DOCS = Path(__file__).resolve().parent
 SHORT = {"dataset": "fashion_scenes", "width": 16, "train_samples": 2000, "epochs": 5}
-ABOVE_THE_FOLD = ("badnet", "blended", "sig", "ssba", "wanet", "lf", "trojannn", "adaptive_patch")
+ABOVE_THE_FOLD = ("badnet", "blended", "sig", "ssba", "wanet", "lf", "trojannn", "bpp")
 TILE, GAP = 96, 6  # pixels; a multiple of the images' 32
 
 PAGE = """# Gallery of triggers
