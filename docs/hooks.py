@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return posixpath.relpath(target.removeprefix("docs/"), place or ".")
 
     markdown = LINK.sub(on_site, markdown)
-    return re.sub(r"<!-- (options|help) (.*) -->", lambda m: MADE[m[1]](*m[2].split()), markdown)
+    return re.sub(r"<!-- (options|help)(.*) -->", lambda m: MADE[m[1]](*m[2].split()), markdown)
 
 
 def options(of: str) -> str:
