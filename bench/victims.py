@@ -25,7 +25,6 @@ import pandas as pd
 
 from bench.pages import RESULTS, percent, write_block, write_csv
 from ulrl.configure import AttackRun, attack_schema, configure_attack
-from ulrl.data.datasets import dataset_spec
 from ulrl.errors import UserError
 from ulrl.files import home
 from ulrl.sweep.jobs import AttackJob, Job, State, state
@@ -114,7 +113,6 @@ def jobs_of(profile: str) -> dict[str, AttackJob]:
         name = "_".join([head, label, *words])
         given = attack_schema(attack).check({**options, **({"clean_model": needs} if needs else {})}, name)
         method, run, training = configure_attack(attack, given, AttackRun, quiet=True)
-        method.check(dataset_spec(run.dataset, run.dataset_path, run.img_size))
         jobs[name] = AttackJob(
             name=name, needs=needs, alike=("attack", attack, str(width)), attack=method, run=run, training=training
         )
@@ -180,15 +178,11 @@ def chosen(jobs: Mapping[str, AttackJob], names: Sequence[str]) -> list[AttackJo
 
 def table(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
     """A line for each record that is there: its figures, and whether the backdoor took."""
-    results = {name: json.loads((job.folder / "result.json").read_text()) for name, job in jobs.items() if job.done()}
-    clean: dict[Any, list[float]] = {}
-    for name, result in results.items():
-        if victim_of(jobs[name]) is None:
-            clean.setdefault(jobs[name].run.width, []).append(result["after"]["acc"])
+    results = {name: result_of(job) for name, job in jobs.items() if job.done()}
     rows = []
     for name, result in results.items():
         job, after, victim = jobs[name], result["after"], victim_of(jobs[name])
-        level = clean.get(job.run.width)
+        level = clean_level(job, jobs)
         rows.append({
             "record": name, "attack": victim.name if victim else "clean", "rate": job.attack.pratio if victim else None,
             "target": job.attack.attack_target if victim else None, "seed": result["seed"],
@@ -199,6 +193,26 @@ def table(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
             "what_it_took": victim.took if victim else "", "seconds": result["seconds"]["total"],
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def result_of(job: Job) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((job.folder / "result.json").read_text())
+    return result
+
+
+def clean_level(job: AttackJob, jobs: Mapping[str, AttackJob]) -> list[float]:
+    """The accuracies of the clean nets of a record's width."""
+    return [
+        result_of(other)["after"]["acc"] for other in jobs.values()
+        if victim_of(other) is None and other.run.width == job.run.width and other.done()
+    ]  # fmt: skip
+
+
+def took_of(job: AttackJob, jobs: Mapping[str, AttackJob]) -> str:
+    """`took` of a victim's record that is there."""
+    victim = victim_of(job)
+    assert victim is not None
+    return took(result_of(job)["after"], clean_level(job, jobs), victim)
 
 
 def took(after: Mapping[str, float], clean: Sequence[float] | None, victim: Victim) -> str:

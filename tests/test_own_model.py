@@ -699,7 +699,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES[2:])} --check --model my_nets:broken", "ValueError: out of order"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:number", "returns a int, not a torch.nn.Module"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:eleven", "does not fit --model: see classify.weight"),
-        ("--model my_nets:Net --images photos --check --weights trap.pt", "holds more than tensors, which was refused"),
+        ("--model my_nets:Net --images photos --check --weights trap.pt", "asks to run"),
         ("--model my_nets:Net --images photos --check --weights list.pt", "holds no state_dict"),
         ("--model my_nets:Net --images photos --check --weights none.pt", "none.pt cannot be read"),
         ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),

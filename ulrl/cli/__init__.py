@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ulrl import __version__
 from ulrl.cli.terminal import exit_with
 from ulrl.errors import UserError
 from ulrl.registry import nearest
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 USAGE = """usage: ulrl COMMAND [options]; --help after a command, or its first name, lists its options
+       ulrl --version
 
 A model of your own
   purify [options]                 diagnose and repair it: factory, weights and a folder of clean images
@@ -37,7 +39,10 @@ Records, which are backdoored models with what is needed to judge a repair
   defense NAME [options]           repair one, as python defense/NAME.py
   show RECORD                      what was planted, how well it works, its pictures and its defenses so far
   preview ATTACK [options]         draw an attack's trigger, without training a backdoored model
+  inspect FILE                     what a record, checkpoint or weights file holds, without loading it
+  convert RECORD --to safetensors  the same record without a pickle; --to pickle: as BackdoorBench's
   list                             attacks, defenses, data sets and models
+  list configs                     the options files that come with ulrl, by the names that --yaml_path and sweep take
 
 Studies
   compare RECORD [options]         several defenses on one record, as a table
@@ -48,7 +53,7 @@ Studies
 
 COMMANDS = {  # and the module, imported when it is asked for, with a function of that name
     "attack": "running", "defense": "running", "preview": "running", "compare": "running", "sweep": "running",
-    "purify": "own", "list": "listing",
+    "purify": "own", "list": "listing", "inspect": "strangers", "convert": "strangers",
     "show": "showing", "results": "showing", "report": "showing", "plot": "showing",
 }  # fmt: skip
 
@@ -56,6 +61,9 @@ COMMANDS = {  # and the module, imported when it is asked for, with a function o
 def _command(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(USAGE)
+        return
+    if arguments == ["--version"]:
+        print(f"ulrl {__version__}")
         return
     name, *rest = arguments
     if name not in COMMANDS:

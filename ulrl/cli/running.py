@@ -23,7 +23,7 @@ from ulrl.configure import (
     yaml_layer,
 )
 from ulrl.defenses.base import DEFENSES, Defense
-from ulrl.errors import UserError
+from ulrl.errors import UserError, one_line
 from ulrl.files import whole_file
 from ulrl.options import Schema, option
 from ulrl.record import Record, find_record
@@ -48,9 +48,9 @@ def preview(argv: Sequence[str]) -> None:
     sample = run_preview(attack, run, training)
     path = Path(f"preview_{attack.name}_{run.dataset}.png")
     with whole_file(path) as partial:
-        plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles)
+        plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles, f"{name} on {run.dataset}")
     print_table(perceptibility_table(name, run.dataset, sample.perceptibility))
-    print(path)
+    print(one_line(str(path)))
 
 
 def defense(argv: Sequence[str]) -> None:
@@ -101,7 +101,7 @@ def sweep(argv: Sequence[str]) -> None:
     description = "Do the runs that a sweep file names; exits with 1 when one failed."
     options = plain_options(scheduler.SweepOptions, argv[1:] if file else argv, "ulrl sweep FILE", description)
     if file is None:
-        raise UserError("name a sweep file first, such as config/sweep/quick.yaml")
+        raise UserError("name a sweep file first: yours, or a shipped one such as sweep/quick")
     if not scheduler.sweep(file, options):
         sys.exit(1)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ulrl.data.datasets import SPECS
-from ulrl.errors import UserError
+from ulrl.errors import UserError, one_line
 from ulrl.untrusted.opening import real_path
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ def class_names(run: Run) -> tuple[str, ...]:
     return spec.class_names if spec else ()
 
 
-def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...]]:
-    """Neuron ranking, its threshold, and the classes' names of the run in `folder`.
+def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...], int | None]:
+    """Neuron ranking, its threshold, the classes' names, and the true target of the run in `folder`.
 
     Raises:
         UserError: no run there, or one without a ranking.
@@ -95,7 +95,7 @@ def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...]]:
         raise UserError(
             f"{folder} is not the folder of a defense that ranks neurons; name one, such as record/NAME/defense/ulrl"
         )
-    return table, threshold, class_names(run)
+    return table, threshold, class_names(run), run.result.get("target")
 
 
 def may_show(file: Path, folder: Path) -> bool:
@@ -107,8 +107,8 @@ def may_show(file: Path, folder: Path) -> bool:
 
 
 def printable(text: str) -> str:
-    """A stranger's text for a terminal: what is not printable, such as an escape code, is spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """A stranger's text for a terminal, a table or a page: what is not printable is spelled out; 200 letters."""
+    return one_line(text, 200)
 
 
 def _why(error: Exception) -> str:
@@ -141,6 +141,7 @@ def _checked(file: Path) -> dict[str, Any]:
     _need({"total", "judge"} <= set(r["seconds"]), "seconds lack total or judge")
     _need(all(_is_number(v) for v in r["seconds"].values()), "seconds are not numbers")
     _fraction(r["der"])
+    _need(r.get("target") is None or _is_count(r["target"]), "target is not a class")
     _need(
         r.get("took") in (True, False, None) and not _is_number(r.get("took")), "took is neither true, false nor null"
     )

@@ -19,7 +19,7 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
 from ulrl.files import find_input, whole_folder
-from ulrl.machine import PeakMemory, environment, pick_device
+from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import load_model
 from ulrl.record import Record
@@ -32,6 +32,7 @@ from ulrl.runs.common import (
     write_index,
     write_json,
 )
+from ulrl.runs.judgements import kept
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
 
@@ -87,10 +88,14 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     monitor.seconds["load"] = time.perf_counter() - start
 
     defense.check(model, given)
-    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder):
+    pixels = spec.height * spec.width
+    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder), threads_for(pixels, device):
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
-        before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
+        before = kept(
+            lambda: timed_judge(monitor, model, clean_test, poisoned_test, defense.amp),
+            record.model_name, model, clean_test, poisoned_test, defense.amp,
+        )  # fmt: skip
         with global_stream(run.random_seed, "repair", device):  # dropout draws from torch's own generators
             repair = defense.run(model, given, monitor)
         after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
