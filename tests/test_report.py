@@ -221,7 +221,7 @@ def test_a_point_leads_to_its_run(browser: Browser, page: Path) -> None:
         assert word in section.text
     assert "ulrl defense ulrl --ratio 0.01 --result_file one" in section.text
     assert "test ASR" in section.text
-    assert "0 0, true target" in section.text
+    assert "0, true target" in section.text
     picture = section.find_element(By.TAG_NAME, "img")
     assert browser.run("arguments[0].naturalWidth", picture) == 120
     assert "trigger" in str(picture.get_attribute("alt"))

@@ -68,6 +68,10 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
     frame = pd.DataFrame(rows, columns=columns)
     numbers = {k: "float64" for k in (*FIGURES, "pratio", "ratio", "clean_samples")}
     frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean"})
+    return _with_repeats(frame)
+
+
+def _with_repeats(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(repeat=frame.duplicated(["defense", "settings", "origin", "seed"]))
 
 
@@ -97,7 +101,7 @@ def select(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
                 raise UserError(f"--where {key}={value}: {value!r} is not a number") from None
         else:
             frame = frame[column == value]
-    return frame
+    return _with_repeats(frame)  # what it repeats may have gone
 
 
 def known_key(name: str, flag: str) -> str:

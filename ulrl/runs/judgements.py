@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulrl.data.cache import cache_folder
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.files import PACKAGE_ROOT, whole_file
 from ulrl.machine import autocast
@@ -30,7 +30,7 @@ def kept(
     judged: Callable[[], Judgement], name: str, model: nn.Module, clean: ImageSet, poisoned: PoisonedSet, amp: bool
 ) -> Judgement:
     """What `judged` returns, or what it returned for the same model of architecture `name` on the same data."""
-    file = _folder() / f"{_digest(name, model, clean, poisoned, amp)}.json"
+    file = cache_folder() / "judgements" / f"{_digest(name, model, clean, poisoned, amp)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # absent or damaged: then it is judged
         return _read(file, len(clean), len(poisoned))
     judgement = judged()
@@ -39,10 +39,6 @@ def kept(
         with whole_file(file) as partial:
             partial.write_text(json.dumps(asdict(judgement)))
     return judgement
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ulrl" / "judgements"
 
 
 def _read(file: Path, n_clean: int, n_poisoned: int) -> Judgement:
