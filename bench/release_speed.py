@@ -154,7 +154,7 @@ def compare(scratch: Path, checkout: Path, method: str, epochs: int) -> None:
     m = METHODS[method]
     values = {"epochs": epochs, "steps": 4 * epochs, "before_last": epochs - 1, "method": method, "checkout": checkout}
     common = "--result_file badnet --batch_size 128"
-    ours = run(scratch, ROOT / "defense" / f"{method}.py", *f"{common} {m.ours}".format(**values).split())
+    ours = run(scratch, ROOT / "defense" / f"{method}.py", *f"{common} {m.ours} --overwrite".format(**values).split())
     result = json.loads((scratch / "record" / "badnet" / "defense" / method / "result.json").read_text())
     ours = ours._replace(epochs=sum(result["seconds"].get(stage, 0.0) for stage in TRAINING))
     flags = f"{m.common} {m.ours if m.theirs is None else m.theirs}".format(**values).split()

@@ -13,7 +13,7 @@ import sys
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import DataLoader
 
 import ulrl
 from ulrl.tv import torchvision  # also imports where the compiled operators do not fit a CPU-only torch
@@ -29,29 +29,24 @@ def transform(size: int) -> T.Compose:
     return T.Compose([T.Resize((size, size)), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: DataLoader) -> float:
-    right = [(model(x).argmax(1) == y).float() for x, y in batches]
-    return torch.cat(right).mean().item()
-
-
 def main(weights: str, photos: str, out: str, size: int = 224) -> None:
     images = torchvision.datasets.ImageFolder(photos, transform(size))
-    given, held_out = (
-        DataLoader(part, 128) for part in random_split(images, [0.8, 0.2], torch.Generator().manual_seed(0))
-    )
+    given = DataLoader(images, 128)
 
     model = network(len(images.classes))
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     model.eval()
 
-    found = ulrl.suspect(model, given)
-    print(f"{found.verdict}: look at {images.classes[found.label]} (z {found.z:.1f}, reach {found.reach:.2f})")
+    found = ulrl.suspect(model, given, progress=True)
+    print(found)
+    if found.label is not None:
+        print(f"class {found.label} is {images.classes[found.label]}")
 
-    result = ulrl.purify(model, given, augment=T.RandomCrop(size, padding=size // 8))
+    # A fifth of the images is held out, and accuracy measured on them before and after.
+    result = ulrl.purify(model, given, augment=T.RandomCrop(size, padding=size // 8), progress=True)
+    print(result)
     print(f"redrawn: {', '.join(images.classes[label] for label in result.flagged) or 'none'}")
-    print(f"accuracy on held-out images: {accuracy(model, held_out):.3f}, then {accuracy(result.model, held_out):.3f}")
-    torch.save(result.model.state_dict(), out)
+    result.save(out)
 
 
 if __name__ == "__main__":

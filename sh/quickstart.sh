@@ -7,5 +7,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash sh/install.sh
 bash sh/init_folders.sh
 .venv/bin/python attack/badnet.py --yaml_path config/attack/prototype/digits.yaml --patch_size 2 --save_folder_name quickstart --overwrite
-.venv/bin/python defense/ulrl.py --result_file quickstart
+.venv/bin/python defense/ulrl.py --result_file quickstart --overwrite
 echo "The backdoored model is in record/quickstart; the repaired one and its plots are in record/quickstart/defense/ulrl."

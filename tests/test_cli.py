@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import ulrl
 from ulrl.attacks.base import ATTACKS
-from ulrl.cli import defense_main, main
+from ulrl.cli import COMMANDS, defense_main, main
+from ulrl.data.batches import normalise
+from ulrl.data.datasets import load_dataset
 from ulrl.defenses.base import DEFENSES
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +31,7 @@ def test_scripts_run_from_any_directory(tiny_home: Path, tmp_path: Path) -> None
     result = json.loads((tiny_home / "record" / "tiny" / "defense" / "ulrl" / "result.json").read_text())
     assert result["options"]["relearn_epochs"] == 2
     assert result["options"]["batch_size"] == 32, "from the YAML file"
-    for word in ("ulrl on tiny", "before", "after", "ACC %", "ASR %", "RA %", "DER %", "flagged", "unlearn, s"):
+    for word in ("ulrl on tiny", "before", "after", "ACC %", "ASR %", "RA %", "DER %", "flagged", "unlearn "):
         assert word in done.stdout
     assert f"{100 * result['after']['acc']:.2f}" in done.stdout
 
@@ -50,12 +53,101 @@ def test_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in said for name in [*ATTACKS, *DEFENSES, "fashion_mnist", "preactresnet18"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["attack"], ["lisst"], ["defense", "ulrrl"]])
-def test_unknown_command_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["attack"], "name an attack first"),
+        (["compare", "--seeds", "2"], "name a record first"),
+        (["purfy"], "did you mean 'purify'?"),
+        (["lisst"], "did you mean 'list'?"),
+        (["defense", "ulrrl"], "did you mean 'ulrl'?"),
+        (["show", "nosuch"], "nosuch"),
+    ],
+)
+def test_a_mistaken_command_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(arguments)
+    said = capsys.readouterr().err
     assert left.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert words in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in COMMANDS)
+
+
+def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As an attack does; a comparison reads what is there."""
+    file = tiny_home / "record" / "tiny" / "defense" / "ft" / "result.json"
+    repair = "--result_file tiny --epochs 1 --device cpu --ratio 0.1".split()
+    codes = []
+    for more in ([], ["--random_seed", "1"], ["--random_seed", "1", "--overwrite"]):
+        with pytest.raises(SystemExit) as left:
+            defense_main("ft", [*repair, *more])
+        codes.append((left.value.code, json.loads(file.read_text())["seed"]))
+    assert codes == [(0, 0), (2, 0), (0, 1)]
+    assert "exists; pass --overwrite" in capsys.readouterr().err
+
+    compared = tiny_home / "record" / "tiny" / "defense" / "ft_0.1_seed0" / "result.json"
+    times, codes = [], []
+    for more in ([], [], ["--epochs", "2"], ["--epochs", "2", "--overwrite"]):
+        with pytest.raises(SystemExit) as left:
+            main(["compare", "tiny", "--defenses", "ft", *repair[2:], *more])
+        codes.append(left.value.code)
+        times.append(compared.stat().st_mtime_ns)
+    assert codes == [0, 0, 2, 0]
+    assert times[0] == times[1] == times[2] < times[3]
+
+
+def test_show_says_what_a_record_holds(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        defense_main("ft", "--result_file tiny --epochs 1 --device cpu --ratio 0.1".split())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["show", "tiny"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    result = json.loads((tiny_home / "record" / "tiny" / "defense" / "ft" / "result.json").read_text())
+    for word in ("badnet, target 0", "digits, 10 classes", "no defense", "trigger_preview.png", "ft"):
+        assert word in said
+    for row in ("before", "after"):
+        assert f"{100 * result[row]['acc']:.2f}" in said
+
+
+def test_files_that_cannot_be_written_are_told_before_the_work(
+    tiny_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, words in (
+        ("report --out nosuch/page.html", "--out nosuch/page.html: there is no folder nosuch"),
+        ("report --out .", "--out . is a folder"),
+        ("results --export nosuch/runs.csv", "--export nosuch/runs.csv: there is no folder nosuch"),
+        ("plot heatmap --out nosuch/map.pdf", "--out nosuch/map.pdf: there is no folder nosuch"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments.split())
+        said = capsys.readouterr().err
+        assert (left.value.code, said.count("\n")) == (2, 1)
+        assert words in said
+
+
+def test_a_records_repair_in_one_line(tiny_home: Path) -> None:
+    result = ulrl.purify_record("tiny", method="ft", epochs=1, device="cpu", ratio=0.1, progress=False)
+    written = json.loads((result.folder / "result.json").read_text())
+    assert result.folder == tiny_home / "record" / "tiny" / "defense" / "ft"
+    assert result.report == written
+    assert f"{100 * written['after']['asr']:.2f}" in repr(result)
+    images, _ = load_dataset("digits")
+    assert result.model(normalise(images.images[:2], images.spec)).shape == (2, 10)
+    again = ulrl.purify_record("tiny", method="ft", epochs=1, device="cpu", ratio=0.1, progress=False)
+    assert again.report == written
+    with pytest.raises(ulrl.UserError, match="--overwrite"):
+        ulrl.purify_record("tiny", method="ft", epochs=2, device="cpu", ratio=0.1, progress=False)
 
 
 def test_a_record_may_be_named_by_its_path(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

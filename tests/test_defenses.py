@@ -106,7 +106,7 @@ def configured(name: str, **given: Any) -> tuple[Defense, DefenseRun]:
 
 
 def _order(name: str, record: Record, **given: Any) -> tuple[Defense, Record, DefenseRun]:
-    defense, run = configured(name, **given)
+    defense, run = configured(name, **given, overwrite=True)  # tests share records
     return defense, record, run
 
 

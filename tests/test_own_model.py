@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -27,6 +29,7 @@ from ulrl import UserError
 from ulrl.cli import main
 from ulrl.defenses.base import DEFENSES
 from ulrl.options import Schema
+from ulrl.own_model.suspecting import decide
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 7
@@ -128,7 +131,7 @@ def test_purify_removes_a_backdoor_and_touches_nothing_else(
     assert repaired_acc > acc - 0.05
     assert result.ranking is not None
     assert result.ranking.z.idxmax() == TARGET
-    assert result.report["samples"] == 200
+    assert (result.report["samples"], result.report["held_out"], result.report["returned"]) == (200, 40, "repaired")
     assert result.report["notes"] == []
     assert set(result.history.stage) == {"unlearn", "relearn"}
 
@@ -257,6 +260,19 @@ class Stubborn(Net):
         ({"model": Wrapped(Net(), torch.Tensor.detach)}, "carries no gradient"),
         ({"model": Stubborn()}, "cannot be copied and switched"),
         ({"model": nn.Flatten()}, "no parameters"),
+        ({"model": "net.pt"}, "is 'net.pt', a path; build the network"),
+        ({"model": Path("net.pt")}, "is 'net.pt', a path"),
+        ({"model": Net().state_dict()}, "is a dictionary of weights; build the network"),
+        ({"model": Net}, "is the class Net; make one, Net(...)"),
+        ({"model": stamp}, "is the function stamp; give the nn.Module"),
+        ({"model": 7}, "is of the type int"),
+        (
+            {"model": Wrapped(Net(), lambda z: z.softmax(1))},
+            "returns probabilities, and logits are needed; take the softmax",
+        ),
+        ({"device": "cuda:77"}, "no such device"),
+        ({"hold_out": 1.5}, "hold_out is 1.5; give a share"),
+        ({"max_accuracy_loss": -1}, "max_accuracy_loss is -1; give a share"),
         ({"images": torch.zeros(200, 3, 8, 8)}, "fails on a batch of [2, 3, 8, 8]"),
         ({"images": torch.zeros(200, 8, 8)}, "not [N, C, H, W]"),
         ({"images": torch.zeros(200, 1, 8, 8, dtype=torch.uint8)}, "images are uint8"),
@@ -286,11 +302,214 @@ def test_bad_input_is_one_sentence(
 
 def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
     before = weights(backdoored)
-    found = ulrl.suspect(backdoored, *clean, batch_size=32)
+    found = ulrl.suspect(backdoored, *clean)
     assert (found.verdict, found.label) == ("backdoored", TARGET)
+    assert repr(found).startswith("backdoored; look at class 7\n")
     assert found.z == found.ranking.z[TARGET]
     assert found.reach == pytest.approx(found.ranking.perturbation.min() / found.ranking.perturbation.median())
     assert torch.equal(weights(backdoored), before)
+
+
+@pytest.mark.parametrize(
+    ("z", "flagged", "reach", "verdict"),
+    [
+        ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], (0, "uncertain")),  # far, however high it stands
+        ([9, 1, 2], [1, 0, 0], [0.2, 1, 1.2], (0, "backdoored")),
+        ([9, 1, 2], [1, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),  # near, but another
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.6, 1.2], (1, "no evidence found")),
+        ([3, 9, 2], [0, 1, 0], [math.nan] * 3, (1, "uncertain")),
+        ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], (0, "uncertain")),
+    ],
+)
+def test_verdicts(z: list[float], flagged: list[int], reach: list[float], verdict: tuple[int, str]) -> None:
+    ranking = pd.DataFrame({"z": z, "flagged": np.array(flagged, bool), "reach": reach})
+    assert decide(ranking) == verdict
+
+
+def test_no_evidence_is_not_found_by_a_search_that_failed() -> None:
+    ranking = pd.DataFrame({"z": [3.0, 1.0], "flagged": [False, False], "reach": [0.9, 1.1]})
+    assert decide(ranking, searched=False) == (0, "uncertain")
+
+
+def shuffled(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+
+
+def black(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x * 0 - 1, y
+
+
+@pytest.mark.parametrize("spoil", [shuffled, black])
+def test_no_verdict_on_images_that_the_model_cannot_read(
+    spoil: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    backdoored: nn.Module,
+    clean: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    with pytest.warns(ulrl.Note, match=r"about as many as by chance: are their labels"):
+        found = ulrl.suspect(backdoored, *spoil(*clean))
+    assert (found.verdict, found.label, len(found.ranking)) == ("no verdict", None, 0)
+    assert "by chance" in repr(found)
+
+
+def test_images_that_were_not_scaled_are_noticed(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    with pytest.warns(ulrl.Note, match="images run from 0 to 255, as if they were not normalised"):
+        ulrl.suspect(backdoored, (clean[0] + 1) * 127.5, clean[1], unlearning_epochs=1)
+
+
+def test_a_repair_that_costs_too_much_is_said_or_thrown_away(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    ruin: dict[str, Any] = {"method": "ft", "epochs": 1, "lr": 5.0}
+    with pytest.warns(ulrl.Note, match="the repair cost accuracy"):
+        result = ulrl.purify(backdoored, *clean, **ruin)
+    report = result.report
+    assert report["accuracy_after"] < report["accuracy_before"] - 0.2
+    assert not torch.equal(weights(result.model), weights(backdoored))
+    with pytest.warns(ulrl.Note, match="thrown away"):
+        bounded = ulrl.purify(backdoored, *clean, **ruin, max_accuracy_loss=0.05)
+    assert torch.equal(weights(bounded.model), weights(backdoored))
+    assert bounded.model is not backdoored
+    assert bounded.report["returned"] == "original"
+    assert bounded.report["accuracy_after"] == report["accuracy_after"]
+    assert "original model" in repr(bounded)
+
+
+def test_held_out_samples_are_not_trained_on(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Their values are their own, so what the augmentation sees tells."""
+    x = clean[0] + torch.arange(200).view(-1, 1, 1, 1) / 1e4
+    seen: list[torch.Tensor] = []
+
+    def augment(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(batch.flatten(1))
+        return batch
+
+    result = ulrl.purify(backdoored, x, clean[1], method="ft", epochs=1, augment=augment)
+    trained_on = (torch.cat(seen)[:, None] == x.flatten(1)).all(2).any(0)
+    assert (int(trained_on.sum()), result.report["held_out"]) == (160, 40)
+    result = ulrl.purify(backdoored, x, clean[1], method="ft", epochs=1, hold_out=0)
+    assert result.report["held_out"] == 0
+    with pytest.warns(ulrl.Note, match="30 samples are too few to hold 20% of them out"):
+        result = ulrl.purify(backdoored, x[:30], clean[1][:30], method="ft", epochs=1)
+    assert result.report["held_out"] == 0
+
+
+def test_progress_is_told(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    ulrl.purify(backdoored, *clean, **QUICK, device="cpu", progress=lambda *step: told.append(step))
+    for stage, steps in (("unlearn", 4), ("relearn", 2)):
+        assert [step[1:] for step in told if step[0] == stage] == [(i, steps) for i in range(steps + 1)]
+    assert capsys.readouterr().err == ""
+    ulrl.purify(backdoored, *clean, **QUICK, progress=True)
+    assert "relearn: 100%" in capsys.readouterr().err
+
+
+def test_a_stage_that_reaches_its_goal_early_is_full(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = ulrl.purify(backdoored, *clean, batch_size=32, relearn_epochs=1, progress=True)
+    assert result.report["evidence"]["unlearned"]["epochs"] < 20
+    assert "unlearn, goal reached: 100%" in capsys.readouterr().err
+
+
+def test_a_known_trigger_is_evaluated(
+    backdoored: nn.Module, innocent: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    rest = digits[0][1400:], digits[1][1400:]
+    for model in (backdoored, innocent):
+        judged = ulrl.evaluate(model, *rest, trigger=stamp, target=TARGET)
+        acc, asr = rates(model, digits)
+        assert judged.acc == pytest.approx(acc)
+        assert judged.asr == pytest.approx(asr)
+        assert judged.n_poisoned == int((rest[1] != TARGET).sum())
+    assert judged.ra is not None
+    assert judged.ra > 0.9, "the innocent reads the triggered images"
+    assert ulrl.evaluate(backdoored, *rest).asr is None
+    for wrong, words in (
+        ({"trigger": stamp}, "belong together"),
+        ({"trigger": stamp, "target": 10}, "target 10 is none"),
+        ({"trigger": lambda x: x[:, :, 1:], "target": 7}, "must keep the shape"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ulrl.evaluate(backdoored, *rest, **wrong)
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.pt"])
+def test_a_result_is_saved_and_nothing_replaced_unasked(
+    name: str, backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    result = ulrl.purify(backdoored, *clean, method="ft", epochs=1)
+    file = tmp_path / name
+    result.save(file)
+    load = safetensors.torch.load_file if name.endswith("safetensors") else torch.load
+    Net().load_state_dict(load(file), strict=True)
+    written = file.read_bytes()
+    for where, words in (
+        (file, "overwrite=True"),
+        (tmp_path / "net.onnx", "ends in"),
+        (tmp_path / "no" / name, "no fold"),
+    ):
+        with pytest.raises(UserError, match=words):
+            result.save(where)
+    assert (file.read_bytes(), list(tmp_path.iterdir())) == (written, [file])
+    result.save(file, overwrite=True)
+
+
+class Convolutional(Net):
+    """The same function, whose head is a convolution in front of the pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify = nn.Conv2d(64, 10, 1)  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body[-1](self.classify(self.body[:-1](x))).flatten(1)
+
+
+@pytest.mark.parametrize("method", ["ulrl", "fst", "fp"])
+def test_a_head_may_be_a_convolution(
+    method: str, backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    convolutional = Convolutional().eval()
+    flat = backdoored.state_dict()
+    convolutional.load_state_dict({k: w[:, :, None, None] if k == "classify.weight" else w for k, w in flat.items()})
+    few = {"ulrl": {"relearn_epochs": 2}, "fst": {"epochs": 2}, "fp": {"epochs": 1, "once_prune_ratio": 0.2}}[method]
+    results = [ulrl.purify(model, *clean, method=method, amp=False, **few) for model in (backdoored, convolutional)]
+    linear, other = (result.report for result in results)
+    assert other["evidence"]["head"] == "classify"
+    assert other["flagged"] == linear["flagged"]
+    assert other["accuracy_after"] == pytest.approx(linear["accuracy_after"], abs=0.1)
+    if method == "ulrl":
+        ranked = [result.ranking.change for result in results]  # type: ignore[union-attr]
+        assert ranked[1].to_numpy() == pytest.approx(ranked[0].to_numpy(), rel=0.1)
+    if method == "fp":
+        assert other["evidence"] == linear["evidence"]
+        zero = (results[1].model.classify.weight == 0).all(0).sum()
+        assert zero == other["evidence"]["pruned"]
+
+
+class Headless(nn.Module):
+    """Sums of patches: no layer has an output per class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(1, 20, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).mean((2, 3)).unflatten(1, (10, 2)).sum(2)
+
+
+def test_only_a_method_that_edits_a_head_needs_one(clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert ulrl.purify(Headless(), *clean, method="ft-sam", epochs=1).report["returned"] == "repaired"
+    for method in ("ulrl", "fst", "fp"):
+        with pytest.raises(UserError, match=r"no nn\.Linear layer or convolution of 1x1 with 10 outputs"):
+            ulrl.purify(Headless(), *clean, method=method)
+    with pytest.raises(UserError, match="BatchNorm"):
+        ulrl.purify(Headless(), *clean, method="bnp")
 
 
 # The door by files
@@ -309,12 +528,17 @@ def files(
     (root / "my_nets.py").write_text(
         "from __future__ import annotations\nimport torch\nfrom torch import nn\n\n\n" + source + "\n\n"
         "def eleven():\n    net = Net()\n    net.classify = nn.Linear(64, 11)\n    return net\n\n\n"
+        + inspect.getsource(Headless)
+        + "\n\n"
         "def broken():\n    raise ValueError('out of order')\n\n\ndef number():\n    return 7\n"
     )
     weights = backdoored.state_dict()
     safetensors.torch.save_file(weights, root / "net.safetensors")
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}}, root / "parallel.pt")
     torch.save({"model": weights, "model_name": "net"}, root / "record.pt")
+    torch.save({"net": weights, "acc": 0.9, "epoch": 3}, root / "net.pt")
+    torch.save({"epoch": 3, "model_state_dict": weights, "optimizer_state_dict": {"state": {}}}, root / "lightning.pt")
+    torch.save(Headless().state_dict(), root / "headless.pt")
     torch.save(innocent.state_dict(), root / "innocent.pt")
     torch.save(Trap(root / "sprung"), root / "trap.pt")
     torch.save([1, 2], root / "list.pt")
@@ -377,16 +601,62 @@ def test_the_command_repairs_a_model(
 def test_a_check_has_an_exit_code(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in files.rglob("*") if path.is_file()}
     assert command(files, *FILES, *GRAY, "--check") == 3
-    assert command(files, "--model", "my_nets:Net", "--weights", "innocent.pt", *FILES[4:], *GRAY, "--check") == 0
-    assert "verdict: backdoored" in capsys.readouterr().out
+    innocent = ["--model", "my_nets:Net", "--weights", "innocent.pt", *FILES[4:], *GRAY, "--check"]
+    code = command(files, *innocent)
+    said = capsys.readouterr().out
+    assert "verdict: backdoored" in said
+    assert (code, "verdict: no evidence found" in said, "verdict: uncertain" in said) in (
+        (0, True, False),
+        (4, False, True),
+    )
     assert before.items() <= {path: path.stat().st_mtime_ns for path in files.rglob("*")}.items()
 
 
-@pytest.mark.parametrize("weights", ["parallel.pt", "record.pt"])
+@pytest.mark.parametrize("weights", ["parallel.pt", "record.pt", "net.pt", "lightning.pt"])
 def test_weights_may_be_wrapped(weights: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model", "my_nets:Net", "--weights", weights, "--images", "photos", *GRAY, *SHORT, "--check"]
-    assert command(files, *argv) in (0, 3)
+    assert command(files, *argv) in (3, 4)
     assert "only" not in capsys.readouterr().err  # it reads the images right
+
+
+def test_weights_that_are_there_are_kept(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ft = [*FILES, *GRAY, "--method", "ft", "--epochs", "1"]
+    shutil.copy(files / "net.safetensors", files / "kept.safetensors")
+    (files / "link.safetensors").symlink_to(files / "net.safetensors")
+    before = (files / "net.safetensors").read_bytes()
+    for out, words in (
+        ("kept.safetensors", "kept.safetensors exists; pass --overwrite to replace it"),
+        ("net.safetensors --overwrite", "is the file of the given weights, which are kept"),
+        ("link.safetensors --overwrite", "is the file of the given weights, which are kept"),
+    ):
+        assert command(files, *ft, "--out", *out.split()) == 2
+        assert words in capsys.readouterr().err
+    assert (files / "net.safetensors").read_bytes() == (files / "kept.safetensors").read_bytes() == before
+    assert command(files, *ft, "--out", "kept.safetensors", "--overwrite") == 0
+    assert (files / "kept.safetensors").read_bytes() != before
+
+
+def test_a_repair_that_costs_too_much_is_not_written(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ruin = "--method ft --epochs 1 --lr 5 --max_accuracy_loss 0.05 --out ruined.pt".split()
+    assert command(files, *FILES, *GRAY, *ruin) == 2
+    said = capsys.readouterr().err
+    assert "accuracy would have gone from" in said
+    assert "ruined.pt was not written" in said.splitlines()[-1]
+    assert not (files / "ruined.pt").exists()
+
+
+def test_what_cannot_work_is_said_before_the_diagnosis(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    headless = "--model my_nets:Headless --weights headless.pt --images photos".split()
+    assert command(files, *headless, *GRAY, "--method", "bnp", "--out", "x.pt") == 2
+    said = capsys.readouterr()
+    assert "BatchNorm" in said.err
+    assert "looking for" not in said.err
+    assert command(files, *headless, *GRAY, "--check") == 2
+    assert "no nn.Linear layer or convolution" in capsys.readouterr().err
+    assert command(files, *headless, *GRAY, "--method", "ft", "--epochs", "1", "--out", "headless_ft.pt") == 0
+    said = capsys.readouterr()
+    assert "no diagnosis: the model has no nn.Linear" in said.err
+    assert (files / "headless_ft.pt").exists()
 
 
 def test_classes_by_number_and_other_methods(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -398,9 +668,14 @@ def test_classes_by_number_and_other_methods(files: Path, capsys: pytest.Capture
     assert (files / "ft.pt").exists()
 
 
-def test_a_wrong_normalisation_is_noticed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command(files, *FILES, "--mean", "9", "--std", "0.01", *SHORT, "--check")
-    assert "right: are --img_size, --mean, --std" in capsys.readouterr().err
+@pytest.mark.parametrize("more", ["--check", "--out wrong.pt"])
+def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(files, *FILES, "--mean", "9", "--std", "0.01", *SHORT, *more.split()) == 2
+    said = capsys.readouterr()
+    assert "the model reads only" in said.err
+    assert "no verdict; look at --img_size, --mean, --std" in said.err.splitlines()[-1]
+    assert said.out == ""
+    assert not (files / "wrong.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -411,6 +686,7 @@ def test_a_wrong_normalisation_is_noticed(files: Path, capsys: pytest.CaptureFix
         (f"{' '.join(FILES)} --out repaired.onnx", "--out repaired.onnx: name a file that ends in .safetensors"),
         (f"{' '.join(FILES)} --out no/such/place.pt", "there is no folder no/such"),
         (f"{' '.join(FILES)} --check --method ulr", "did you mean 'ulrl'"),
+        (f"{' '.join(FILES)} --out x.pt --method abl", "repairs while it trains on the poisoned training set"),
         (f"{' '.join(FILES)} --check --methods ulrl", "--methods; did you mean '--method'"),
         (f"{' '.join(FILES)} --check --mean 0.5 0.5", "--mean and --std take three numbers each"),
         (f"{' '.join(FILES)} --check --mean x", "--mean: ['x'] is not a list of numbers"),
@@ -427,7 +703,11 @@ def test_a_wrong_normalisation_is_noticed(files: Path, capsys: pytest.CaptureFix
         ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),
         ("--model my_nets:Net --images photos --check --weights damaged.safetensors", "damaged.safetensors is damaged"),
         (f"{' '.join(FILES[:4])} --check --images empty", "does not hold a subfolder per class"),
-        (f"{' '.join(FILES[:4])} --check --images nowhere", "nowhere cannot be read"),
+        (f"{' '.join(FILES[:4])} --check --images nowhere", "--images nowhere: there is no such folder"),
+        (
+            f"{' '.join(FILES[2:])} --check --model torchvision.models:resnet18",
+            "does not fit --model: see conv1.weight",
+        ),
         (f"{' '.join(FILES[:4])} --check --images sizes", "give the model's input as --img_size"),
         (f"{' '.join(FILES[:4])} --check --images named --mean 0.5 --std 0.5", "name the subfolders by the classes'"),
     ],
@@ -453,5 +733,7 @@ def test_the_example_runs_as_it_stands(
         shutil.copytree(files / "photos" / name, tmp_path / "few" / name)
     torch.save(example.network(3).state_dict(), tmp_path / "weights.pt")
     example.main(str(tmp_path / "weights.pt"), str(tmp_path / "few"), str(tmp_path / "repaired.pt"), size=32)
-    assert ": look at digit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no verdict\nnote: the model reads only" in said, "it was never trained"
+    assert "samples held out" in said
     example.network(3).load_state_dict(torch.load(tmp_path / "repaired.pt"), strict=True)

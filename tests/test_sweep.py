@@ -299,7 +299,7 @@ def test_sweep_without_a_file_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as left:
         main(["sweep", "--jobs", "2"])
     assert left.value.code == 2
-    assert "config/sweep/quick.yaml" in capsys.readouterr().err
+    assert "sweep/quick" in capsys.readouterr().err
 
 
 # What is done by a cluster

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
+from importlib import resources
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
-from ulrl.files import PACKAGE_ROOT, home
+from ulrl.files import find_input, home
 from ulrl.machine import pick_device
 from ulrl.options import Schema, Settings, option
+from ulrl.registry import nearest
 from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,12 @@ class RunOptions:
 class PreviewRun(RunOptions):
     """What data and what network an attack is made for."""
 
-    yaml_path: str | None = option(None, "options file; else config/attack/prototype/<dataset>.yaml, <model>.yaml")
-    bd_yaml_path: str | None = option(None, "the attack's own options file; else config/attack/<attack>/default.yaml")
+    yaml_path: str | None = option(
+        None, "options file, or the name of a shipped one; else attack/prototype/<dataset> and /<model>"
+    )
+    bd_yaml_path: str | None = option(
+        None, "the attack's own options file, or the name of a shipped one; else attack/<attack>/default and /<dataset>"
+    )
     dataset: str = option("digits", "data set", source="embedded, needs no download")
     img_size: tuple[int, ...] = option(
         (), "--dataset folder: height and width that its images are resized to, or one number for both; 64 if not given"
@@ -69,7 +75,7 @@ class DefenseRun(RunOptions):
 
     result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
     yaml_path: str | None = option(
-        None, "options file; else <dataset>.yaml and <model>.yaml of config/defense/<defense>/"
+        None, "options file, or the name of a shipped one; else defense/<defense>/<dataset> and /<model>"
     )
     dataset: str | None = option(None, "data set; the record's, another is an error")
     model: str | None = option(None, "architecture; the record's, another is an error")
@@ -157,17 +163,54 @@ DEFENSE_ONLY = {
 }
 
 
+def shipped_files() -> dict[str, Path]:
+    """The options files that come with ulrl, by name: `defense/ulrl/cifar10`, `sweep/quick`, in order."""
+    root = Path(str(resources.files("ulrl"))) / "config"  # a link to config/ in a checkout
+    return {str(file.relative_to(root).with_suffix("")): file for file in sorted(root.rglob("*.yaml"))}
+
+
+def options_file(given: str) -> Path:
+    """The options or sweep file that the user named: a file of theirs, or else a shipped one.
+
+    A shipped one is named as by `ulrl list configs`, or as it lies in a checkout: `config/sweep/quick.yaml`.
+
+    Raises:
+        UserError: there is neither.
+    """
+    own = find_input(given)
+    if own.is_file():
+        return own
+    parts = PurePath(given).with_suffix("" if given.endswith(".yaml") else PurePath(given).suffix).parts
+    name, shipped = "/".join(parts[1:] if parts[:1] == ("config",) else parts), shipped_files()
+    if name not in shipped:
+        raise UserError(
+            f"{given}: No such file, nor is one of that name shipped{nearest(name, list(shipped))}; "
+            "`ulrl list configs` names those that are"
+        )
+    return shipped[name]
+
+
 def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[Layer]:
-    """What an attack's options files say: of the training, then of the attack; `flags` may name either.
+    """What an attack's options files say: of the training, then of the attack, and over that of the attack on that
+    data set; `flags` may name others in place of either pair.
 
     Raises:
         UserError: a file that cannot be used, or a name that would have no effect.
     """
-    dataset = flags.get("dataset", schema.fields["dataset"].default)
-    training = _usual_layers(schema, Path("config/attack/prototype"), dataset, flags.get("model"))
     if "yaml_path" in flags:
         training = [yaml_layer(schema, flags["yaml_path"])]
-    files = [*training, yaml_layer(schema, flags.get("bd_yaml_path"), Path("config/attack") / name / "default.yaml")]
+    else:
+        usual = flags.get("dataset", PreviewRun.dataset)
+        training = _usual_layers(schema, "attack/prototype", usual, flags.get("model"))
+    if "bd_yaml_path" in flags:
+        own = [yaml_layer(schema, flags["bd_yaml_path"])]
+    else:
+        said = (flags, *(values for _, values in reversed(training)))
+        dataset = next((v["dataset"] for v in said if "dataset" in v), PreviewRun.dataset)
+        own = [_usual_layer(schema, f"attack/{name}", "default")]
+        if name != "prototype":  # whose files are those of the training
+            own.append(_usual_layer(schema, f"attack/{name}", dataset))
+    files = [*training, *own]
     for other, ours in DEFENSE_ONLY.items():  # in a defense's file they only describe the record
         if any(other in layer for layer in (flags, *(values for _, values in files))):
             raise UserError(f"{other} would have no effect on an attack; its name here is {ours}")
@@ -178,29 +221,36 @@ def defense_layers(schema: Schema, name: str, dataset: str, model: str, given: s
     """What the options files of a defense say: the one named, or the usual ones for data set and model."""
     if given is not None:
         return [yaml_layer(schema, given)]
-    return _usual_layers(schema, Path("config/defense") / name, dataset, model)
+    return _usual_layers(schema, f"defense/{name}", dataset, model)
 
 
-def yaml_layer(schema: Schema, given: str | None, usual: Path | None = None) -> Layer:
-    """The options of the file that the user named, or of the usual one where that exists."""
-    if given is None and usual is not None:
-        given = next((str(root / usual) for root in (home(), PACKAGE_ROOT) if (root / usual).is_file()), None)
-    return (given, schema.yaml(given)) if given else ("", {})
+def yaml_layer(schema: Schema, given: str | None) -> Layer:
+    """The options of the file that the user named, if any."""
+    if given is None:
+        return "", {}
+    file = options_file(given)
+    return str(file), schema.yaml(file)
 
 
-def _usual_layers(schema: Schema, folder: Path, dataset: str, model: str | None) -> list[Layer]:
+def _usual_layer(schema: Schema, folder: str, name: str | None) -> Layer:
+    """The options of a file in the user's `config/`, else of the shipped one of that name, where there is one.
+
+    name: a record's perhaps, which could lead anywhere.
+    """
+    own = home() / "config" / folder / f"{name}.yaml"
+    inside = name is not None and PurePath(name).name == name
+    file = own if inside and own.is_file() else shipped_files().get(f"{folder}/{name}")
+    return (str(file), schema.yaml(file)) if file else ("", {})
+
+
+def _usual_layers(schema: Schema, folder: str, dataset: str, model: str | None) -> list[Layer]:
     """The data set's file and, over it, the architecture's, of those that exist.
 
     model: the user's or the record's; else the file's own. What a file says of layers is of its own model.
     """
-
-    def layer(name: str | None) -> Layer:
-        usual = folder / f"{name}.yaml"  # a record's name, which could lead anywhere
-        return yaml_layer(schema, None, usual) if usual.parent == folder else ("", {})
-
-    path, values = layer(dataset)
+    path, values = _usual_layer(schema, folder, dataset)
     if model is None:
         model = values.get("model")
     elif values.get("model", model) != model:
         values = {k: v for k, v in values.items() if k not in ("model", "width", "linear_name")}
-    return [(path, values), layer(model)]
+    return [(path, values), _usual_layer(schema, folder, model)]

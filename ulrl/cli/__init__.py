@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ulrl import __version__
 from ulrl.cli.terminal import exit_with
 from ulrl.errors import UserError
 from ulrl.registry import nearest
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 USAGE = """usage: ulrl COMMAND [options]; --help after a command, or its first name, lists its options
+       ulrl --version
 
 A model of your own
   purify [options]                 diagnose and repair it: factory, weights and a folder of clean images
@@ -38,6 +40,7 @@ Records, which are backdoored models with what is needed to judge a repair
   show RECORD                      what was planted, how well it works, its pictures and its defenses so far
   preview ATTACK [options]         draw an attack's trigger, without training a backdoored model
   list                             attacks, defenses, data sets and models
+  list configs                     the options files that come with ulrl, by the names that --yaml_path and sweep take
 
 Studies
   compare RECORD [options]         several defenses on one record, as a table
@@ -56,6 +59,9 @@ COMMANDS = {  # and the module, imported when it is asked for, with a function o
 def _command(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(USAGE)
+        return
+    if arguments == ["--version"]:
+        print(f"ulrl {__version__}")
         return
     name, *rest = arguments
     if name not in COMMANDS:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli.terminal import print_table
+from ulrl.configure import shipped_files
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
@@ -16,8 +17,11 @@ from ulrl.models.architectures import ARCHITECTURES
 
 
 def list_(argv: Sequence[str]) -> None:
+    if list(argv) == ["configs"]:
+        print("\n".join(shipped_files()))
+        return
     if argv:
-        raise UserError(f"ulrl list takes no arguments, and {argv[0]!r} is one")
+        raise UserError(f"ulrl list takes nothing or `configs`, and {argv[0]!r} is neither")
     table = Table("kind", "name", "what it is")
     for kind, registry in (("attack", ATTACKS), ("defense", DEFENSES)):
         for name, cls in registry.items():

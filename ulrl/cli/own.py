@@ -18,6 +18,7 @@ from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
 from ulrl.options import Schema
 from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN, Note
+from ulrl.own_model.given import make_method
 from ulrl.report.tables import accuracy_table, suspicion_table
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def purify(argv: Sequence[str]) -> None:
     schema = Schema(own_files.PurifyRun, cls)
     settings, _ = schema.merge(("given", schema.flags(argv, "ulrl purify", inspect.getdoc(own_files) or "")))
     run, defense = settings.build(own_files.PurifyRun), settings.build(cls)
+    if not run.check:
+        make_method(run.method, {})
     model, images = own_files.load(run)
     names = images.spec.class_names
     if not run.check:
@@ -65,11 +68,10 @@ def _diagnose(run: own_files.PurifyRun, model: nn.Module, images: ImageSet, defe
     log.info("looking for a backdoor in %s with %d clean images", run.model, len(images))
     found = own_files.diagnose(model, images, defense)
     notes: list[str] = found.report["notes"]
-    if found.label is None:
-        flags = "--img_size, --mean, --std and the order of the subfolders are to be those of its training"
-        raise UserError(f"{NO_VERDICT}: {notes[-1]} {flags}")
     for note in notes:
         log.warning("%s", note)
+    if found.label is None:
+        raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
     if run.check:
         sys.exit(EXIT_CODES[found.verdict])

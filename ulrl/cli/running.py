@@ -101,7 +101,7 @@ def sweep(argv: Sequence[str]) -> None:
     description = "Do the runs that a sweep file names; exits with 1 when one failed."
     options = plain_options(scheduler.SweepOptions, argv[1:] if file else argv, "ulrl sweep FILE", description)
     if file is None:
-        raise UserError("name a sweep file first, such as config/sweep/quick.yaml")
+        raise UserError("name a sweep file first: yours, or a shipped one such as sweep/quick")
     if not scheduler.sweep(file, options):
         sys.exit(1)
 

@@ -17,12 +17,19 @@ import torch
 from ulrl.data.imagefiles import SUFFIXES, Sample
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
+from ulrl.files import PACKAGE_ROOT
 from ulrl.seeds import generator
 
 Splits = tuple[list[Sample], list[Sample]]
 
 GTSRB_CLASSES = 43
 TINY_CLASSES = 200
+TINY_ARCHIVE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+
+def _how_to_fetch(script: str, by_hand: str) -> str:
+    """What to do about missing images: in a checkout there is a script for that."""
+    return f"{script} fetches it where there is internet access" if (PACKAGE_ROOT / script).is_file() else by_hand
 
 
 def gtsrb(folder: Path) -> Splits:
@@ -40,9 +47,12 @@ def gtsrb(folder: Path) -> Splits:
         train, test = base / "GTSRB" / "Training", base / "GTSRB" / "Final_Test" / "Images"
         if train.is_dir():
             return by_class(train, classes), _gtsrb_csv(base / "GT-final_test.csv", test)
+    by_torchvision = (
+        f"torchvision.datasets.GTSRB({str(folder.parent)!r}, 'train', download=True), and 'test', fetches it"
+    )
     raise UserError(
         f"GTSRB is missing: {folder} holds neither BackdoorBench's Train/ nor torchvision's GTSRB/Training/; "
-        "sh/fetch_gtsrb.sh fetches it where there is internet access"
+        + _how_to_fetch("sh/fetch_gtsrb.sh", by_torchvision)
     )
 
 
@@ -71,8 +81,8 @@ def tiny(folder: Path) -> Splits:
     base = next((b for b in (folder / "tiny-imagenet-200", folder) if (b / "train").is_dir()), None)
     if base is None:
         raise UserError(
-            f"Tiny-ImageNet is missing: {folder} holds no tiny-imagenet-200/train/; sh/fetch_tiny.sh fetches it "
-            "where there is internet access"
+            f"Tiny-ImageNet is missing: {folder} holds no tiny-imagenet-200/train/; "
+            + _how_to_fetch("sh/fetch_tiny.sh", f"unpack {TINY_ARCHIVE} there")
         )
     classes = subfolders(base / "train")
     if len(classes) != TINY_CLASSES:

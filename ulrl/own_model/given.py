@@ -98,16 +98,16 @@ def _notes(absent: int, classes: int, reading: float, right: float, low: float, 
     notes = []
     if absent:
         notes.append(f"{absent} of the model's {classes} classes have no clean sample; they may suffer in the repair")
+    if max(-low, high) > BYTES:
+        notes.append(
+            f"images run from {low:.4g} to {high:.4g}, as if they were not normalised; "
+            "that is right only for a model that does it itself"
+        )
     if reading < DOUBTFUL:
         notes.append(
             f"the model reads only {100 * right:.0f}% of these images right"
             f"{', about as many as by chance' if reading < UNREADABLE else ''}: are their labels, "
             "size and normalisation, and the order of the classes, those of its training?"
-        )
-    if max(-low, high) > BYTES:
-        notes.append(
-            f"images run from {low:.4g} to {high:.4g}, as if they were not normalised; "
-            "that is right only for a model that does it itself"
         )
     return notes
 

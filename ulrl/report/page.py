@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import logging
 import shlex
 from datetime import datetime
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 import vl_convert
 from markupsafe import Markup
 from matplotlib import colormaps
@@ -25,8 +27,10 @@ from PIL import Image
 from ulrl import __version__
 from ulrl.errors import UserError
 from ulrl.files import whole_file
-from ulrl.report.frame import frame_of_runs
+from ulrl.report.frame import ORACLE, frame_of_runs
+from ulrl.report.looks import PALETTE, looks_of
 from ulrl.report.plots import highest, signed_z
+from ulrl.report.pooling import variants
 from ulrl.report.results import (
     Run,
     class_names,
@@ -40,7 +44,8 @@ from ulrl.report.results import (
 log = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
-PREVIEW_WIDTH = 700  # pixels
+SCRIPTS = ("base.js", "pooling.js", "board.js", "pictures.js", "runs.js", "start.js")  # one, in parts
+PREVIEW_WIDTH, THUMBNAIL_WIDTH = 700, 144  # pixels
 EPOCHS_SHOWN = 60  # of a run's curves; more are thinned out evenly
 CURVES = ("loss", "acc", "test_acc", "test_asr", "test_ra")
 
@@ -62,32 +67,53 @@ def write_report(root: Path, out: Path) -> int:
 
 def render(runs: list[Run], left_out: list[str], root: Path) -> str:
     """The page as text."""
-    names = {str(run.folder): run.folder.relative_to(root).as_posix() for run in runs}
-    frame = frame_of_runs(runs).drop(columns="options")
-    # NaN is no JSON; as objects, the missing are null.
-    rows = frame.astype("object").where(frame.notna(), None).to_dict("records")
-    for row, folder in zip(rows, frame.index, strict=True):
-        row["id"], row["name"] = _id(names[folder]), printable(names[folder])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(WEB), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    scripts = [Markup(part) for part in (vega, _read("report.js"))]
+    script = "".join(map(_read, SCRIPTS))
+    frame = frame_of_runs(runs)
+    previews, thumbnails = _pictures(runs)
     return environment.get_template("report.html").render(
         style=Markup(_read("report.css")),
-        scripts=scripts,
-        hashes=[base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in scripts],
-        rows=rows,
-        colours=[to_hex(colormaps["cividis"](i / 40)) for i in range(41)],
-        details={_id(names[str(run.folder)]): _details(run) for run in runs},
-        previews=_previews(runs),
+        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        script=Markup(f'"use strict";\n(() => {{\n{script}}})();\n'),
+        hash=lambda part: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode(),
+        rows=_rows(frame, runs, root),
+        looks={name: {"colour": look.colour, "shape": look.shape}
+               for name, look in looks_of(frame.defense.str.removesuffix(ORACLE)).items()},
+        colours={"scale": [to_hex(colormaps["cividis"](i / 40)) for i in range(41)], "palette": PALETTE},
+        details={_id(_name(run, root)): _details(run) for run in runs},
+        previews=previews,
+        thumbnails=thumbnails,
         left_out=left_out,
         runs=len(runs),
         records=len({run.record for run in runs}),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
         version=__version__,
-    )
+    )  # fmt: skip
+
+
+def _rows(frame: pd.DataFrame, runs: list[Run], root: Path) -> list[dict[Any, Any]]:
+    """The frame's rows for the page, with the options by which lines differ, and numbers for what is only compared."""
+    of = {str(run.folder): run for run in runs}
+    kinds = [json.dumps(key) for key in zip(frame.dataset, frame.model, frame.attack.fillna(""), strict=True)]
+    kind = pd.Series(kinds, frame.index, dtype="object")
+    frame = frame.assign(
+        id=[_id(_name(of[folder], root)) for folder in frame.index],
+        name=[printable(_name(of[folder], root)) for folder in frame.index],
+        record_id=[_id(str(of[folder].record)) for folder in frame.index],
+        variant=variants(frame.defense.str.removesuffix(ORACLE), frame.settings, ()),
+        record_variant=variants(kind, frame.record_settings, ()),
+        group=pd.factorize(kind + frame.record_settings)[0],
+        origin=pd.factorize(frame.origin)[0],
+    ).drop(columns=["options", "settings", "record_settings"])
+    # NaN is no JSON; as objects, the missing are null.
+    return frame.astype("object").where(frame.notna(), None).to_dict("records")
+
+
+def _name(run: Run, root: Path) -> str:
+    return run.folder.relative_to(root).as_posix()
 
 
 def repeat_command(result: dict[str, Any]) -> str:
@@ -150,26 +176,37 @@ def _curves(run: Run) -> list[dict[str, Any]] | None:
     ]  # fmt: skip
 
 
-def _previews(runs: list[Run]) -> dict[str, str]:
-    """Each record's picture of its trigger, made small, as a data URL."""
-    urls = {}
+def _pictures(runs: list[Run]) -> tuple[dict[str, str], dict[str, str]]:
+    """Each record's picture of its trigger as data URLs: to look at, and small."""
+    previews, thumbnails = {}, {}
     for folder in {run.record: None for run in runs}:
-        file = folder / "trigger_preview.png"
-        try:
-            if not may_show(file, folder):
-                continue
-            with Image.open(file, formats=["PNG"]) as picture:
-                if picture.width * picture.height > 10_000_000:
-                    raise ValueError(f"{picture.width} x {picture.height} pixels")
-                small = picture.convert("RGB")
-            small.thumbnail((PREVIEW_WIDTH, PREVIEW_WIDTH), Image.Resampling.LANCZOS)
-            content = io.BytesIO()
-            small.save(content, "WEBP", quality=80)
-        except Exception as error:  # whatever PIL makes of a stranger's bytes
-            log.warning("%s is not shown: %s", printable(str(file)), printable(" ".join(str(error).split())))
-        else:
-            urls[_id(str(folder))] = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
-    return urls
+        preview = _picture(folder, "trigger_preview.png")
+        if preview:
+            previews[_id(str(folder))] = _url(preview, PREVIEW_WIDTH)
+        if small := _picture(folder, "trigger_thumbnail.png") or preview:
+            thumbnails[_id(str(folder))] = _url(small, THUMBNAIL_WIDTH)
+    return previews, thumbnails
+
+
+def _picture(folder: Path, name: str) -> Image.Image | None:
+    file = folder / name
+    try:
+        if not may_show(file, folder):
+            return None
+        with Image.open(file, formats=["PNG"]) as picture:
+            if picture.width * picture.height > 10_000_000:
+                raise ValueError(f"{picture.width} x {picture.height} pixels")
+            return picture.convert("RGB")
+    except Exception as error:  # whatever PIL makes of a stranger's bytes
+        log.warning("%s is not shown: %s", printable(str(file)), printable(" ".join(str(error).split())))
+        return None
+
+
+def _url(picture: Image.Image, width: int) -> str:
+    picture.thumbnail((width, width), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    picture.save(content, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _id(name: str) -> str:

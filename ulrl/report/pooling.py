@@ -21,16 +21,16 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """Mean and sample standard deviation of each figure over the runs that agree in the keys `by`.
 
     by: some of KEYS, with commas between. With `defense` among them, a line's runs have the same options, and lines
-    that share all other keys are ranked on the records that they share (see `_shared`): their figures, and those of
-    the undefended model, are over these. With data set, model and attack among them a line's records have
+    that share all other keys and the ratio are ranked on the records that they share (see `_shared`): their figures,
+    and those of the undefended model, are over these. With data set, model and attack among them a line's records have
     the same options. Records whose backdoor is known not to have taken have lines of their own. Without `defense`,
     only defended runs count: what was not defended, and what the test set chose, is never averaged with them.
 
     Columns: the keys; variant and record_variant, the options by which a line differs from another ("" where none
-    does); oracle and failed (bool; no backdoor took); n (runs), records (that they are of), block (records that any of
-    its rivals was run on), ranked (bool), repeats (runs left out), over (what differs within the line); and for each
-    of FIGURES <figure>_mean, _std (over the records; of one record, over its runs; NaN for one) and _n (the runs in
-    which it is known).
+    does); oracle and failed (bool; no backdoor took); n (runs), records (that they are of), rivalry (the same number
+    for rivals), block (records that any of these was run on), ranked (bool), repeats (runs left out), over (what
+    differs within the line); and for each of FIGURES <figure>_mean, _std (over the records; of one record, over its
+    runs; NaN for one) and _n (the runs in which it is known).
 
     Raises:
         UserError: an unknown key.
@@ -46,8 +46,10 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
         record_variant=variants(frame.attack, frame.record_settings, keys) if of_block else "",
     )
     blocks = [key for key in keys if key != "defense"] + [*of_block, "failed"]
-    rows = []
-    for _, block in frame.groupby(blocks, sort=False, dropna=False):
+    if of_line and frame.ratio.nunique() > 1:  # who has more clean samples is no rival
+        blocks = list(dict.fromkeys([*blocks, "ratio"]))
+    rows: list[dict[str, Any]] = []
+    for rivalry, (_, block) in enumerate(frame.groupby(blocks, sort=False, dropna=False)):
         lines = [line for _, line in block.groupby([*keys, *of_line, "oracle"], sort=False, dropna=False)]
         rivals = [line for line in lines if "defense" in keys and _competes(line.iloc[0])]
         ranked, shared = _shared([set(line.origin) for line in rivals])
@@ -57,11 +59,12 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
             used = line[common] if common.any() and (id(line) in ranks or not _competes(line.iloc[0])) else line
             rows.append({
                 **{k: line.iloc[0][k] for k in (*keys, *_VARIANTS, "oracle", "failed")}, **_figures(used[~used.repeat]),
-                "block": len(set().union(*(rival.origin for rival in rivals))), "ranked": id(line) in ranks,
+                "rivalry": rivalry, "ranked": id(line) in ranks,
+                "block": len(set().union(*(rival.origin for rival in rivals))),
                 "repeats": int(line.repeat.sum()), "over": _varying(used, keys, bool(of_block)),
             })  # fmt: skip
     figures = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std", "n")]
-    about = ["oracle", "failed", "n", "records", "block", "ranked", "repeats", "over"]
+    about = ["oracle", "failed", "n", "records", "rivalry", "block", "ranked", "repeats", "over"]
     return pd.DataFrame(rows, columns=[*keys, *_VARIANTS, *about, *figures])
 
 
@@ -140,9 +143,9 @@ def in_order(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_of(summary: pd.DataFrame) -> pd.DataFrame:
-    """Which figures are the best of the ranked lines that share all keys but the defense: bool, acc, asr, ra, der."""
+    """Which figures are the best of the ranked lines that are rivals: bool, columns acc, asr, ra, der."""
     best = pd.DataFrame(False, index=summary.index, columns=["acc", "asr", "ra", "der"])
-    for _, block in _blocks(summary[summary.ranked]):
+    for _, block in summary[summary.ranked].groupby("rivalry"):
         for figure, pick in (("acc", "max"), ("asr", "min"), ("ra", "max"), ("der", "max")):
             means = block[f"{figure}_mean"]
             if means.count() > 1:
@@ -152,10 +155,12 @@ def best_of(summary: pd.DataFrame) -> pd.DataFrame:
 
 def notes_of(summary: pd.DataFrame) -> list[str]:
     """What a reader of the summary has to know besides the figures, a sentence each."""
-    notes = []
-    for names, block in _blocks(summary[(summary.block > 0) & ~summary.oracle & ~summary.failed]):
-        where = ", ".join(map(str, names))
-        notes.append(_coverage(block[block["defense"] != NO_DEFENSE], f"{where}: " if where else ""))
+    notes, keys = [], [k for k in (*KEYS, *_VARIANTS) if k in summary and k not in ("defense", "variant")]
+    lines = summary[(summary.block > 0) & ~summary.oracle & ~summary.failed & (summary.get("defense") != NO_DEFENSE)]
+    several = [k for k in keys if lines[k].nunique(dropna=False) > 1]
+    for _, block in lines.groupby("rivalry", sort=False):
+        where = ", ".join(text for k in several if (text := str(block[k].iloc[0])))
+        notes.append(_coverage(block, f"{where}: " if where else ""))
     over = dict.fromkeys(name for text in summary.over for name in text.split(", ") if name)
     if over:
         notes.append(f"lines average over runs that differ in {', '.join(over)}")
@@ -179,11 +184,3 @@ def _coverage(lines: pd.DataFrame, where: str) -> str:
     if left:
         text = (text or f"{where}ranked on {block} records") + f"; not ranked, on fewer than half of them: {left}"
     return text
-
-
-def _blocks(summary: pd.DataFrame) -> Any:
-    """Lines that share all keys but the defense, by these."""
-    if "defense" not in summary:
-        return []
-    others = [k for k in (*KEYS, "record_variant") if k in summary and k != "defense"]
-    return summary.groupby(others, dropna=False, sort=False)

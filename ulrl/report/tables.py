@@ -55,11 +55,11 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
     runs: those of the record; its own is missing where BackdoorBench made it.
     """
     labels = record.bd_test.labels[~record.bd_test.cover].unique().tolist()
-    planted = "nothing that is told" if record.attack is None else record.attack
-    if len(labels) == 1:
-        planted += f", target {labels[0]}"
+    planted = "an attack without a name" if record.attack is None else record.attack
+    planted += f", target {labels[0]}" if len(labels) == 1 else ""
+    planted += f"; {len(record.bd_test.labels)} triggered test images" if labels else ", so nothing: a clean model"
     about = Table.grid(padding=(0, 2))
-    about.add_row("planted", escape(printable(f"{planted}; {len(record.bd_test.labels)} triggered test images")))
+    about.add_row("planted", escape(printable(planted)))
     about.add_row("on", escape(printable(f"{record.dataset}, {record.num_classes} classes, {record.model_name}")))
     table = Table(title=escape(printable(record.name)), title_style="bold")
     for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):

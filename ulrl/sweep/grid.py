@@ -17,12 +17,12 @@ from ulrl.configure import (
     configure_attack,
     configure_defense,
     defense_schema,
+    options_file,
     options_of,
 )
 from ulrl.data.datasets import dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
-from ulrl.files import find_input
 from ulrl.registry import nearest
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
 from ulrl.untrusted.texts import read_yaml
@@ -66,7 +66,7 @@ def read_sweep(path: str) -> list[Job]:
     Raises:
         UserError: a file that cannot be used, an unknown key, method or data set, or an unfit value.
     """
-    file = find_input(path)
+    file = options_file(path)
     content = read_yaml(file)
     try:
         return _jobs(content)
