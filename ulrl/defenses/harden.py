@@ -15,6 +15,8 @@ from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.corruptions import Draws, Learning, corrupt
 from ulrl.defenses.finetuning import FineTuning
+from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
+from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, fit, make_optimizer, make_scheduler
 
@@ -32,8 +34,10 @@ class Harden(FineTuning):
         + `keep_weight` * KL at temperature `temperature` over the plain half.
 
     The original is asked about plain images only, so it never answers a trigger; the last term holds the function
-    where there is nothing to mend, without which two to three points of accuracy are lost. No class is
-    singled out: the target need not be known, nor be one. BatchNorm's statistics are taken anew from plain images.
+    where there is nothing to mend, without which two to three points of accuracy are lost. Before, the classes that
+    ULRL's diagnosis flags have their rows of the head drawn anew, and `alpha` times their cosine with what they were
+    is added. Without a flagged class, or with a wrong one, the rest works all the same. At the end BatchNorm's
+    statistics are taken anew from plain images.
 
     The weights and the corruptions were chosen by ASR and accuracy on four development records (BadNets, Blended,
     WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all; a run sees clean samples only.
@@ -46,10 +50,23 @@ class Harden(FineTuning):
     keep_weight: float = option(3.0, "weight of keeping the softened answers to plain images", low=0)
     temperature: float = option(4.0, "softness of those answers", low=1)
     learning_share: float = option(0.5, "share of the corruptions that learn", low=0, high=1)
+    alpha: float = option(0.5, "weight of the redrawn rows' cosine with what they were", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
 
+    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
+
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        find_head(model, clean.spec.num_classes, self.linear_name)
+
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
         original = copy.deepcopy(model).eval().requires_grad_(False)
+        diagnosis = ULRL(
+            batch_size=self.batch_size, amp=self.amp, random_seed=self.random_seed, linear_name=self.linear_name
+        )
+        neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)
+        flagged = flagged_classes(neurons)
+        likeness = redraw(head, flagged, self.random_seed)
         draws = Draws(self.random_seed, clean.device)
         learning = Learning(draws)
 
@@ -61,7 +78,7 @@ class Harden(FineTuning):
             logits = model(torch.cat([x[:plain], corrupted])).float()
             loss = self.label_weight * F.cross_entropy(logits, y) + _divergence(logits, answers, 1)
             kept = _divergence(logits[:plain], answers[:plain], self.temperature) * plain / len(x)
-            return loss + self.keep_weight * kept, logits.detach().argmax(1) == y
+            return loss + self.keep_weight * kept + self.alpha * likeness(), logits.detach().argmax(1) == y
 
         optimizer = make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum, self.wd)
         scheduler = make_scheduler(optimizer, self.lr_scheduler, self.epochs, self.steplr_milestones, self.steplr_gamma)
@@ -71,7 +88,8 @@ class Harden(FineTuning):
         )  # fmt: skip
         statistics = self.batches(clean, "statistics")
         update_bn((batch for _ in range(3) for batch in statistics), model)
-        return Repair(model)
+        evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged, **spread}
+        return Repair(model, flagged, evidence, {"neurons": neurons})
 
     def _corrupt(self, x: torch.Tensor, spec: DatasetSpec, draws: Draws, learning: Learning) -> torch.Tensor:
         """Normalised images in and out: the first at random, the last `learning_share` by what learns."""
