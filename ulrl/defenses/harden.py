@@ -20,6 +20,8 @@ from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, fit, make_optimizer, make_scheduler
 
+_NEVER = -1e4  # the logit of a class that is left out
+
 
 @register("harden")
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Harden(FineTuning):
     The original is asked about plain images only, so it never answers a trigger; the last term holds the function
     where there is nothing to mend, without which two to three points of accuracy are lost. The classes that ULRL's
     diagnosis flags have their rows of the head drawn anew beforehand, `alpha` times their cosine with what they were is
-    added, and they are left out of both divergences: how much of its target the original sees in a plain image is part
-    of the backdoor, and brings it back. What they are is learnt from the labels. Without a flagged class, or with
+    added, and on images of other classes they are left out of both divergences: how much of its target the original
+    sees there is part of the backdoor, and brings it back. Without a flagged class, or with
     a wrong one, the rest works all the same. At the end BatchNorm's statistics are taken anew from plain images.
 
     The weights and the corruptions were chosen by ASR and accuracy on four development records (BadNets, Blended,
@@ -47,7 +49,7 @@ class Harden(FineTuning):
     batch_size: int = option(128, "clean images per step, half of them corrupted", low=2)
     epochs: int = option(60, "epochs", low=1)
     lr: float = option(0.04, "learning rate", low=0)
-    label_weight: float = option(0.5, "weight of the labels", low=0)
+    label_weight: float = option(1.0, "weight of the labels", low=0)
     keep_weight: float = option(3.0, "weight of keeping the softened answers to plain images", low=0)
     temperature: float = option(4.0, "softness of those answers", low=1)
     learning_share: float = option(0.5, "share of the corruptions that learn", low=0, high=1)
@@ -68,7 +70,8 @@ class Harden(FineTuning):
         )
         neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)
         flagged = flagged_classes(neurons)
-        trusted = [k for k in range(clean.spec.num_classes) if k not in flagged]
+        suspicious = torch.zeros(clean.spec.num_classes, dtype=torch.bool, device=clean.device)
+        suspicious[flagged] = True
         likeness = redraw(head, flagged if self.init else [], self.random_seed)
         draws = Draws(self.random_seed, clean.device)
         learning = Learning(draws)
@@ -77,9 +80,10 @@ class Harden(FineTuning):
             plain = len(x) // 2
             with torch.autocast(x.device.type, enabled=False):
                 corrupted = self._corrupt(x[plain:], clean.spec, draws, learning)
-            answers = original(x).float()[:, trusted]
+            hidden = suspicious & ~suspicious[y][:, None]
+            answers = original(x).float().masked_fill(hidden, _NEVER)
             logits = model(torch.cat([x[:plain], corrupted])).float()
-            told = logits[:, trusted]
+            told = logits.masked_fill(hidden, _NEVER)
             loss = self.label_weight * F.cross_entropy(logits, y) + _divergence(told, answers, 1)
             kept = _divergence(told[:plain], answers[:plain], self.temperature) * plain / len(x)
             return loss + self.keep_weight * kept + self.alpha * likeness(), logits.detach().argmax(1) == y
