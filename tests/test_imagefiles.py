@@ -95,6 +95,20 @@ def test_tiny(tmp_path: Path, layout: str, inner: str) -> None:
             assert torchvision.datasets.ImageFolder(tmp_path / "tiny" / inner / split).targets == part.labels.tolist()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("gtsrb", "torchvision.datasets.GTSRB"), ("tiny", "tiny-imagenet-200.zip")]
+)
+def test_missing_images_say_what_to_do_where_there_are_no_scripts(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed from a wheel."""
+    monkeypatch.setattr("ulrl.data.layouts.PACKAGE_ROOT", tmp_path)
+    with pytest.raises(UserError, match=words) as said:
+        load_dataset(name, str(tmp_path))
+    assert str(tmp_path) in str(said.value)
+    assert "sh/" not in str(said.value)
+
+
 @pytest.mark.parametrize(("name", "script"), [("gtsrb", "fetch_gtsrb.sh"), ("tiny", "fetch_tiny.sh")])
 def test_missing_files_are_told_with_the_script_that_fetches_them(tmp_path: Path, name: str, script: str) -> None:
     refused(lambda: load_dataset(name, str(tmp_path)), str(tmp_path / name), script)

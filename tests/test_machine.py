@@ -64,3 +64,18 @@ def test_threads_sleep_while_they_wait_unless_the_user_said_otherwise(
     code = "import os, sys, ulrl; print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'))"
     said = subprocess.run([sys.executable, "-c", code], env=plain | given, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False", str(policy)]
+
+
+def test_bf16_is_used_only_where_torch_may_use_avx512() -> None:
+    """Attention in bf16 fails on a processor that has AVX-512 where torch was told to do without."""
+    code = """
+import torch
+from ulrl.machine import autocast, has_bf16
+cpu, x = torch.device("cpu"), torch.rand(4, 2, 64, 8)
+with autocast(cpu, True):
+    torch.nn.functional.scaled_dot_product_attention(x, x, x)
+print(has_bf16(cpu))
+"""
+    narrow = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    said = subprocess.run([sys.executable, "-c", code], env=narrow, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False"]

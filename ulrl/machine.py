@@ -54,7 +54,12 @@ def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 matrices in hardware, so that autocast pays."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # The processor's word alone is not enough: where ATEN_CPU_CAPABILITY keeps torch from AVX-512, its attention fails.
+    return (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    )
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
