@@ -46,6 +46,18 @@ def test_figures_of_all_runs(record: Path, tmp_path: Path) -> None:
     assert all(text in drawing for text in ("sig (did not take)", "ulrl (epochs 9)", "ulrl (epochs -)", "$_stranger"))
 
 
+@pytest.mark.parametrize(("figure", "where"), [("asr-acc", "attack=sig"), ("heatmap", "defense=ulrl (oracle)")])
+def test_nothing_to_draw_is_one_line(
+    figure: str, where: str, record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(record / "one" / "defense" / "wise", result(oracle={"acc": 1.0, "asr": 0.0, "ra": 1.0}))
+    with pytest.raises(SystemExit) as left:
+        main(["plot", figure, str(record), "--where", where, "--out", str(tmp_path / "none.pdf")])
+    assert left.value.code == 2
+    assert "no run to draw" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "none.pdf").exists()
+
+
 def pdf_size(path: Path) -> tuple[float, float]:
     found = re.search(rb"/MediaBox \[ *0 0 ([\d.]+) ([\d.]+) *\]", path.read_bytes())
     assert found

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from ulrl.errors import UserError
 from ulrl.report.frame import NO_DEFENSE
 from ulrl.report.looks import BLUE, GREY, ORANGE, PALETTE, SHAPES, looks_of
 from ulrl.report.pooling import in_order, summarise
@@ -136,9 +137,16 @@ def asr_against_acc(path: Path, runs: pd.DataFrame, format: str, paper: bool = F
 
     runs: as `frame_of` makes it; left out are runs without an ASR, what the test set chose, what another run repeats,
     and records whose backdoor did not take.
+
+    Raises:
+        UserError: none is left.
     """
     failed = runs.took.eq(False).fillna(False).astype(bool)
     runs = runs[~(runs.oracle | runs.repeat | failed)].dropna(subset=["acc", "asr"])
+    if runs.empty:
+        raise UserError(
+            "there is no run to draw: each lacks an ASR, or is an oracle's, or of a backdoor that did not take"
+        )
     names = sorted(runs.defense.unique(), key=lambda name: (name != NO_DEFENSE, name))
     columns = 3 if paper else 5
     height = 2.4 + 0.14 * -(-len(names) // columns) if paper else 3.9
@@ -167,7 +175,12 @@ def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str, paper: boo
     """Attack by defense, the mean of `metric` (acc, asr, ra or der) in percent; hatched where there is no run.
 
     What has other options is a row or a column of its own. For a paper the longer side stands.
+
+    Raises:
+        UserError: no run but an oracle's.
     """
+    if runs.oracle.all():
+        raise UserError("there is no run to draw: what the test set chose is no defense's own figure")
     lines = in_order(summarise(runs[~runs.oracle], "dataset,model,attack,defense"))
     several = [key for key in ("dataset", "model") if lines[key].nunique() > 1]
     rows = lines.attack.fillna("?") + [_beside(line, [*several, "record_variant"]) for _, line in lines.iterrows()]
