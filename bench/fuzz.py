@@ -4,8 +4,8 @@ Whole files of each kind are damaged (bytes flipped, cut, doubled, swapped for t
 own, with checksums that fit) and read. An input is a finding when the reader raises anything but a UserError, takes
 over two seconds of a processor, over a gigabyte, or ends its process. Batches run in forked processes, so that a
 finding ends only its own. The torch reader is tried inside `_reader`, whose own limits would otherwise hide what is
-slow; some inputs go the whole way, through `load_torch` and `load_record`. bench/results/fuzz.json says how many inputs
-were tried, by kind, and what was found.
+slow or ends it (too little memory is a refusal there); some inputs go the whole way, through `load_torch` and
+`load_record`. bench/results/fuzz.json says how many inputs were tried, by kind, and what was found.
 """
 
 from __future__ import annotations
@@ -55,12 +55,10 @@ Read = Callable[[Path, bytes], object]
 
 
 def in_reader(file: Path, content: bytes) -> object:
-    """As `_reader.main` does it, all that it catches among its own refusals."""
+    """As `_reader.main` does it, which answers all that is raised there, too little memory with it, by a refusal."""
     try:
         answer, _ = _reader.read(io.BytesIO(content), len(content))
         return json.dumps(answer)
-    except MemoryError:
-        raise
     except Exception as error:
         raise UserError(str(error)) from None
 

@@ -61,6 +61,8 @@ def check_output(path: Path, flag: str = "", suffixes: Sequence[str] = ()) -> No
         raise UserError(f"{named}: name a file that ends in {', '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{named} is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # to replace /dev/null would harm the whole machine
+        raise UserError(f"{named} is {kind(path.stat().st_mode)}; name a file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{named}: there is no folder {path.parent}; make it first")
 
@@ -70,12 +72,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, an empty file; it becomes `path` when the block ends well.
 
     Raises:
-        UserError: `path` can be no file: its folder is not there, or it is a folder or a device itself.
+        UserError: as `check_output`.
     """
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
-    if path.exists() and not path.is_file():  # to replace /dev/null would harm the whole machine
-        raise UserError(f"{path} cannot be written: it is {kind(path.stat().st_mode)}; choose another name")
+    check_output(path)
     # A new name, and so no link that leads elsewhere.
     partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))

@@ -309,7 +309,7 @@ def files() -> Iterator[Case]:
     yield Case("defense/ is a file", lambda p: put(p.record / "defense", "x"), words=("defense",))
     yield Case("defense/ is a pipe", instead(lambda f, p: os.mkfifo(f), "defense"), words=("defense",))
     yield Case(
-        "defense/ leads out", instead(lambda f, p: f.symlink_to(p.outside), "defense"), words=("defense", "leads")
+        "defense/ leads out", instead(lambda f, p: f.symlink_to(p.outside), "defense"), words=("defense", "is a link")
     )
     yield Case("an unfinished defense leads out", _partial, exits=(0,), slow=True)
     yield Case(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ulrl.cli.terminal import first_name, plain_options, print_table
-from ulrl.errors import UserError, one_line
+from ulrl.cli.terminal import first_name, plain_options, print_path, print_table
+from ulrl.errors import UserError
 from ulrl.files import check_output, find_input, home, whole_file
 from ulrl.options import option
 from ulrl.record import find_record
 from ulrl.registry import nearest
 from ulrl.report import plots
-from ulrl.report.frame import KEYS, export_frame, frame_of_runs, select
+from ulrl.report.frame import KEYS, export_frame, frame_of_runs, harmless_cells, select
 from ulrl.report.page import write_report
 from ulrl.report.pooling import in_order, summarise
 from ulrl.report.results import find_runs, load_ranking
@@ -57,7 +57,7 @@ def results(argv: Sequence[str]) -> None:
         export_frame(frame, Path(options.export))
     match options.format:
         case "csv":
-            print(summary.to_csv(index=False), end="")
+            print(harmless_cells(summary).to_csv(index=False), end="")
         case "markdown":
             print(summary_markdown(summary), end="")
         case "latex":
@@ -126,7 +126,7 @@ def plot(argv: Sequence[str]) -> None:
                     plots.heatmap(partial, frame, options.metric, format, paper)
                 else:
                     plots.asr_against_acc(partial, frame, format, paper)
-    print(one_line(str(out)))
+    print_path(out)
 
 
 def _runs_below(root: Path, where: str | None) -> pd.DataFrame:

@@ -45,6 +45,11 @@ def print_table(table: RenderableType) -> None:
     Console(file=sys.stdout, width=width).print(table)
 
 
+def print_path(path: str | os.PathLike[str]) -> None:
+    """Where something was written, or another text of a line."""
+    print(one_line(str(path)))
+
+
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
     try:

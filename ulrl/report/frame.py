@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ulrl.errors import UserError
+from ulrl.errors import UserError, csv_cell
 from ulrl.files import whole_file
 from ulrl.registry import nearest
 from ulrl.report.results import Run
@@ -120,7 +120,7 @@ def export_frame(frame: pd.DataFrame, path: Path) -> None:
         raise UserError(f"--export {path}: the name must end in .parquet or .csv")
     with whole_file(path) as partial:
         if path.suffix == ".csv":
-            frame.to_csv(partial)
+            harmless_cells(frame).to_csv(partial)
         else:
             frame.to_parquet(partial)
 
@@ -129,3 +129,9 @@ def _settings(options: Mapping[str, Any]) -> str:
     """What was run, whatever its seed: the same text for the same options; what is None may as well be absent."""
     kept = {name: value for name, value in options.items() if name not in _NO_SETTING and value is not None}
     return json.dumps(kept, sort_keys=True)
+
+
+def harmless_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for a CSV file: a text that a spreadsheet would take for a formula is marked as text."""
+    texts = table.map(lambda cell: csv_cell(cell) if isinstance(cell, str) else cell)
+    return texts.rename(index=lambda name: csv_cell(name) if isinstance(name, str) else name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import pandas as pd
 
 from ulrl.data.datasets import SPECS
 from ulrl.errors import UserError, one_line
-from ulrl.untrusted.opening import real_path
+from ulrl.untrusted.opening import TEXT, real_path
+from ulrl.untrusted.texts import read_csv, read_json
 
 log = logging.getLogger(__name__)
-
-_LARGEST = 8 << 20  # bytes of a file that is read
+LARGEST = 1e15  # of a number: sums of such are numbers still
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
             try:
                 real_path(file, root.resolve())
                 runs.append(Run(file.parent, _checked(file)))
-            except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError) as error:
+            except (OSError, ValueError, TypeError, KeyError, UserError) as error:
                 left_out.append(f"{printable(str(file))}: {_why(error)}")
                 log.warning("left out: %s", left_out[-1])
     return runs, left_out
@@ -61,7 +59,7 @@ def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | Non
     """A CSV file of the run's folder with columns of these types, or None, and a warning, where it is not so."""
     file = run.folder / name
     try:
-        return pd.read_csv(file).astype(types) if may_show(file, run.folder) else None
+        return read_csv(file).astype(types) if may_show(file, run.folder) else None
     except Exception as error:  # whatever pandas makes of a stranger's bytes
         log.warning("%s is not shown: %s", printable(str(file)), _why(error))
         return None
@@ -103,7 +101,7 @@ def may_show(file: Path, folder: Path) -> bool:
     if file.parent != folder or not file.is_file():  # a method's name may hold slashes
         return False
     real_path(file, folder.resolve())
-    return file.stat().st_size <= _LARGEST
+    return file.stat().st_size <= TEXT
 
 
 def printable(text: str) -> str:
@@ -117,16 +115,25 @@ def _why(error: Exception) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
+def check_result(file: Path) -> dict[str, Any]:
+    """The content of a `result.json`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        return _checked(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({_why(error)}); remove its folder, and it is run again") from None
+
+
 def _checked(file: Path) -> dict[str, Any]:
     """A `result.json` whose every value that is read elsewhere has the right type.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError, RecursionError: it is not one.
+        UserError, ValueError, TypeError, KeyError: it is not one.
     """
-    if file.stat().st_size > _LARGEST:
-        raise ValueError(f"is larger than {_LARGEST} bytes")
-    r = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite)
-    json.dumps(r, ensure_ascii=False).encode()  # half a surrogate pair cannot be printed
+    r = read_json(file)
     _need(isinstance(r, dict) and r.get("kind") in ("attack", "defense"), "is of no known kind")
     for key in ("method", "record", "dataset", "model"):
         _need(isinstance(r[key], str), f"{key} is not a text")
@@ -164,18 +171,8 @@ def _fraction(value: Any) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _no_number(constant: str) -> float:
-    raise ValueError(f"{constant} is no number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    _need(math.isfinite(value), f"{text} is no number")
-    return value

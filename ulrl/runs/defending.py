@@ -35,6 +35,8 @@ from ulrl.runs.common import (
 from ulrl.runs.judgements import kept
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
+from ulrl.untrusted.opening import read_text
+from ulrl.untrusted.texts import read_json
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +136,8 @@ def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = T
     """
     folder = record.folder / "defense" / (run.save_folder_name or defense.name)
     if not run.overwrite:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours
-            result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError, KeyError, TypeError):  # absent, or not one of ours
+            result: dict[str, Any] = read_json(folder / "result.json", record.folder.resolve())
             if result["options"] == json.loads(json.dumps(_options(defense, run))):
                 return folder, result
     return run_defense(defense, record, run, bar=bar)
@@ -170,8 +172,8 @@ def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
         return clean_subset(size, run.ratio, run.random_seed)
     file = find_input(run.index)
     try:
-        index = [int(word) for word in file.read_text().split()]
-    except (OSError, ValueError) as error:
+        index = [int(word) for word in read_text(file).split()]
+    except (UserError, ValueError) as error:
         raise UserError(f"--index {file}: not a readable list of whole numbers ({error})") from None
     if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
         raise UserError(f"--index {file}: give different indices, each from 0 to {size - 1}, at least one")

@@ -12,13 +12,13 @@ from ulrl.errors import UserError
 from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch
 
-WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")  # BackdoorBench's is among them
+WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")
 
 
 def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
     """Name, without DataParallel's `module.`, to CPU tensor.
 
-    The file may hold them under one of `WRAPPINGS`, or one in another, as training scripts write them.
+    The file may hold them under one of WRAPPINGS, as training scripts write them, BackdoorBench's among them.
 
     Args:
         most: bytes that the file may have.
