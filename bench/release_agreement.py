@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ import torch
 from bench.pages import RESULTS, interval, percent, write_block, write_csv
 from bench.release_speed import FST_RECORD, LAUNCHER, ROOT, write_batches
 from bench.victims import start
-from ulrl.data.datasets import load_dataset
+from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet
 from ulrl.errors import UserError
 from ulrl.machine import pick_device
@@ -42,6 +43,7 @@ from ulrl.record import Record, load_record
 from ulrl.training import judge
 from ulrl.untrusted.torchfiles import load_torch
 
+DATA = Path("data/cifar10/cifar-10-batches-py")
 FIGURES = ("acc", "asr", "ra")
 
 
@@ -90,7 +92,7 @@ RELEASES = {
 def prepare(scratch: Path, args: argparse.Namespace) -> None:
     """The data and the record, unless they are there."""
     (scratch / "launch.py").write_text(LAUNCHER.format(root=str(ROOT)))
-    base = scratch / "data" / "cifar10" / "cifar-10-batches-py"
+    base = scratch / DATA
     if not base.exists():
         train, test = load_dataset("fashion_scenes")
         write_batches(
@@ -145,12 +147,15 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
 def judged(record: Record, made: Path) -> dict[str, Any]:
     """The model that a release saved, by our judge."""
     device = pick_device("auto")
-    data_path = str(record.folder.parent.parent / "data")
-    test = load_dataset(record.dataset, data_path)[1].to(device)
+    spec = dataset_spec(record.dataset)
+    # Our own file; read as CIFAR-10 it would not have the publisher's checksum.
+    held = pickle.loads((record.folder.parent.parent / DATA / "test_batch").read_bytes())
+    images = torch.from_numpy(held["data"]).view(-1, 3, 32, 32)
+    test = ImageSet(images, torch.tensor(held["labels"]), spec).to(device)
     saved = load_torch(made / "defense_result.pt")
     weights = saved.get("model", saved)  # FST's are bare
-    model = load_model(record.model_name, record.num_classes, weights, test.spec.channels).to(device)
-    return vars(judge(model, ImageSet(test.images, test.labels, test.spec), record.poisoned_test(test.spec).to(device)))
+    model = load_model(record.model_name, record.num_classes, weights, spec.channels).to(device)
+    return vars(judge(model, test, record.poisoned_test(spec).to(device)))
 
 
 def _by_table(made: Path, method: str) -> dict[str, float]:

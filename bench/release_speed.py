@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import yaml
 
-from ulrl.training import has_bf16
+from ulrl.machine import has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 

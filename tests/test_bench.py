@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench import pages
 from bench.pages import cell, interval, write_block
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
@@ -18,6 +20,11 @@ from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in pages.FOLDER.glob("*.py")))
+def test_every_script_still_finds_what_it_imports(name: str) -> None:
+    importlib.import_module("bench" if name == "__init__" else f"bench.{name}")
 
 
 def test_an_interval_is_students() -> None:

@@ -56,6 +56,7 @@ class Expected:
 EXPECTED = {
     "abl": Expected(asr=0.25, loss=0.2, records=("badnet",)),  # of a few epochs
     "anp": Expected(asr=0.15, loss=0.12, records=("badnet",)),
+    "harden": Expected(flags=("badnet",)),
     "i-bau": Expected(records=("badnet",)),  # a blended trigger is beyond the perturbation's bound
     "nc": Expected(flags=("badnet", "blended")),
     "npd": Expected(records=("badnet",)),  # one branch of the last block is too late for a blended trigger

@@ -486,6 +486,8 @@ def test_a_head_may_be_a_convolution(
     if method == "ulrl":
         ranked = [result.ranking.change for result in results]  # type: ignore[union-attr]
         assert ranked[1].to_numpy() == pytest.approx(ranked[0].to_numpy(), rel=0.1)
+    if method == "fst":
+        assert other["evidence"]["head_cosine"] == pytest.approx(linear["evidence"]["head_cosine"], abs=0.1)
     if method == "fp":
         assert other["evidence"] == linear["evidence"]
         zero = (results[1].model.classify.weight == 0).all(0).sum()

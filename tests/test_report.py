@@ -111,11 +111,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lines(browser: Browser) -> dict[str, list[str]]:
     """Each line's cells by its name, without the chart."""
-    rows = [
-        [str(cell.get_property("innerText")).strip() for cell in row.find_elements(By.CSS_SELECTOR, ":not(.chart)")
-         if cell.tag_name in ("th", "td")]
-        for row in browser.all("#board tbody tr")
-    ]  # fmt: skip
+    rows = browser.run(
+        "[...document.querySelectorAll('#board tbody tr')].map((row) =>"
+        "[...row.children].filter((cell) => !cell.matches('.chart')).map((cell) => cell.innerText.trim()))"
+    )
     return {row[0].replace("\n", " "): row[1:] for row in rows}
 
 
@@ -169,13 +168,12 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
     assert "1 run with the options and the seed of another counts once" in note
     frame = frame_of_runs(find_runs(root)[0])
     summary = summarise(frame, "defense")
-    shown = [row.text.split("\n") for row in browser.all("#board tbody tr:not(.apart)")]
+    table = lines(browser)
     for name in ("ulrl", "ft"):
         line = summary[(summary.defense == name) & ~summary.failed].iloc[0]
-        own = next(row for row in shown if row[0] == name)
-        assert own[1].split()[0] == f"{100 * line.acc_mean:.2f}"
-        assert f"{100 * line.asr_mean:.2f}" in " ".join(own), "the page and `ulrl results` say the same"
-        assert own[-1].split()[-2:] == [str(line.n), str(line.records)] or own[-2:] == [str(line.n), str(line.records)]
+        acc, asr, *_, runs, records = (cell.split("\n")[0] for cell in table[name])
+        assert (acc, asr) == (f"{100 * line.acc_mean:.2f}", f"{100 * line.asr_mean:.2f}"), "as `ulrl results` says"
+        assert (runs, records) == (str(line.n), str(line.records))
     assert [e for e in browser.texts("#heat tbody th") if "did not take" in e] == ["sigdid not take"]
     browser.click("input[name=duds]")
     assert "On 4 shared records" in browser.texts("#headline")[0]

@@ -75,7 +75,7 @@ def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
     """The threads of a run on images of so many pixels: inside the block one, where they are tiny.
 
     Threads wait for each other after every layer. On tiny images that is most of their time, and where another process
-    has the core of one of them, all wait for that: two threads were 4 to 80 times slower than one
+    has the core of one of them, all wait for that: two threads were often many times slower than one
     (bench/shared_machine.py). OMP_NUM_THREADS, where the user has set it, stands.
     """
     threads, cores, (load, _, _) = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()

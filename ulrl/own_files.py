@@ -167,7 +167,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 
 def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
     if not root.is_dir():
-        raise UserError(f"--images {root}: there is no such folder")
+        raise UserError(f"--images {run.images}: there is no such folder")
     names = subfolders(root)
     if len(names) < 2:
         raise UserError(f"--images {root} does not hold a subfolder per class")

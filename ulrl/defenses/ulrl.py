@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -58,7 +59,7 @@ class ULRL(Unlearning):
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
         neurons, unlearned, spread = self.diagnose(model, clean, monitor)
-        flagged = neurons[neurons.flagged].sort_values("z", ascending=False).index.tolist()
+        flagged = flagged_classes(neurons)
         rows = flagged or ([int(neurons.change.to_numpy().argmax())] if self.on_empty == "top1" else [])
         if rows or self.on_empty == "finetune":
             self._relearn(model, head, rows, clean, monitor)
@@ -95,20 +96,11 @@ class ULRL(Unlearning):
         return table, {"z_threshold": self.z_threshold, "median": median, "mad": mad}
 
     def _relearn(self, model: nn.Module, head: Head, rows: list[int], clean: ImageSet, monitor: Monitor) -> None:
-        index = torch.tensor(rows, dtype=torch.int64, device=head.weight.device)
-        original = head.weight.detach()[index].clone()
-        if self.init and rows:
-            bound = math.sqrt(2 / head.weight[0].numel())  # the release's; narrower than He's sqrt(6 / fan_in)
-            with torch.no_grad():
-                drawn = torch.rand(original.shape, generator=generator(self.random_seed, "reinitialise"))
-                head.weight[index] = (drawn * 2 - 1).mul(bound).to(head.weight)
-                if head.bias is not None:
-                    head.bias[index] = 0
+        likeness = redraw(head, rows, self.random_seed if self.init else None)
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             loss, right = cross_entropy(model, x, y)
-            new, old = head.weight[index].flatten(1), original.flatten(1)
-            return loss + self.relearn_alpha * F.cosine_similarity(new, old, dim=1).sum(), right
+            return loss + self.relearn_alpha * likeness(), right
 
         optimizer = make_optimizer(model, self.client_optimizer, self.relearn_lr, self.sgd_momentum)
         fit(
@@ -116,3 +108,26 @@ class ULRL(Unlearning):
             make_scheduler(optimizer, "CosineAnnealingLR", self.relearn_epochs), monitor, "relearn",
             amp=self.amp, objective=objective if rows else cross_entropy,
         )  # fmt: skip
+
+
+def redraw(head: Head, rows: list[int], seed: int | None) -> Callable[[], torch.Tensor]:
+    """Draw these rows of the head anew, in place, unless `seed` is None.
+
+    Returns a function of no arguments: the sum of the cosines (scalar) of the rows, as they then are, with what they
+    were before.
+    """
+    index = torch.tensor(rows, dtype=torch.int64, device=head.weight.device)
+    original = head.weight.detach()[index].clone()
+    if seed is not None and rows:
+        bound = math.sqrt(2 / head.weight[0].numel())  # the release's; narrower than He's sqrt(6 / fan_in)
+        with torch.no_grad():
+            drawn = torch.rand(original.shape, generator=generator(seed, "reinitialise"))
+            head.weight[index] = (drawn * 2 - 1).mul(bound).to(head.weight)
+            if head.bias is not None:
+                head.bias[index] = 0
+    return lambda: F.cosine_similarity(head.weight[index].flatten(1), original.flatten(1), dim=1).sum()
+
+
+def flagged_classes(neurons: pd.DataFrame) -> list[int]:
+    """The suspicious classes of a diagnosis, the highest z first."""
+    return neurons[neurons.flagged].sort_values("z", ascending=False).index.tolist()

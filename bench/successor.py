@@ -1,0 +1,152 @@
+"""Harden against the methods it is to replace, and with each of its parts left out:
+
+    python -m bench.successor [--seeds 0 1 2] [--records NAME ...] [VARIANT ...]
+
+Records of fashion_scenes under $ULRL_HOME/record/, clean nets among them (those of `python -m bench.victims`, or any
+others); 600 clean images per seed. Judged on 2,000 clean and 1,800 triggered test images, the same for all. Each run
+leaves a file in $ULRL_HOME/successor/, so a stopped one goes on where it was and several may work side by side; the
+table in docs/method.md and bench/results/successor.csv are made from those files, of whatever has run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from bench.pages import RESULTS, interval, percent, write_block, write_csv
+from ulrl.data.datasets import clean_subset, load_dataset
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.files import home, whole_file
+from ulrl.metrics import Judgement
+from ulrl.models import load_model
+from ulrl.record import Record, find_record
+from ulrl.seeds import generator
+from ulrl.training import Monitor, judge
+
+DATASET = "fashion_scenes"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "method.md"
+JUDGED_CLEAN, JUDGED_TRIGGERED = 2000, 1800
+
+# name: (defense, what differs from its defaults, which are the published values)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "harden": ("harden", {}),
+    "ulrl": ("ulrl", {}),
+    "fst": ("fst", {}),
+    "nad": ("nad", {}),
+    "ft": ("ft", {}),
+    "harden without redrawn rows": ("harden", {"init": False}),
+    "harden without keeping answers": ("harden", {"keep_weight": 0.0}),
+    "harden without learning corruptions": ("harden", {"learning_share": 0.0}),
+    "harden without random corruptions": ("harden", {"learning_share": 1.0}),
+    "harden without labels": ("harden", {"label_weight": 0.0}),
+}
+
+
+def net(record: Record) -> nn.Module:
+    return load_model(record.model_name, record.num_classes, record.state_dict, 3)
+
+
+def triggered(record: Record, test: ImageSet) -> PoisonedSet | None:
+    if record.attack == "prototype":
+        return None
+    poisoned = record.poisoned_test(test.spec)
+    return poisoned.subset(_some(len(poisoned), JUDGED_TRIGGERED))
+
+
+def _some(size: int, count: int) -> torch.Tensor:
+    return torch.randperm(size, generator=generator(0, "judged"))[:count]
+
+
+def measure(record: Record, variant: str, seed: int, train: ImageSet, test: ImageSet, cleans: list[Record]) -> None:
+    """One run, unless its file is there."""
+    file = home() / "successor" / f"{record.name}__{variant.replace(' ', '-')}__{seed}.json"
+    if file.exists():
+        return
+    name, options = VARIANTS[variant]
+    defense: Defense = DEFENSES[name](random_seed=seed, **options)
+    poisoned = triggered(record, test)
+    model = net(record)
+    before = judge(model, test, poisoned)
+    reached = [judge(net(clean), test, poisoned) for clean in cleans if poisoned is not None]
+    start = time.process_time()
+    repair = defense.run(model, train.subset(clean_subset(len(train), 0.01, seed)), Monitor())
+    seconds = time.process_time() - start
+    after = judge(repair.model, test, poisoned)
+    row = {
+        "record": record.name, "attack": record.attack, "variant": variant, "seed": seed,
+        "acc_before": before.acc, "acc": after.acc, "asr_before": before.asr, "asr": after.asr, "ra": after.ra,
+        "clean_asr": _mean(reached, "asr"), "clean_ra": _mean(reached, "ra"),
+        "flagged": " ".join(map(str, repair.flagged)), "cpu_seconds": seconds,
+    }  # fmt: skip
+    print(row, flush=True)
+    file.parent.mkdir(exist_ok=True)
+    with whole_file(file) as partial:
+        partial.write_text(json.dumps(row))
+
+
+def _mean(judgements: list[Judgement], key: str) -> float | None:
+    values = [getattr(j, key) for j in judgements]
+    return sum(values) / len(values) if values else None
+
+
+def table(runs: pd.DataFrame) -> Iterator[str]:
+    """Per record and variant: accuracy lost, and what is left to a clean net's ASR and RA, in points."""
+    yield "| record | method | ACC change | ASR (clean net's) | RA (clean net's) | flagged | CPU s | runs |"
+    yield "|---|---|---:|---:|---:|---|---:|---:|"
+    order = list(VARIANTS)
+    for (record, variant), cell in sorted(
+        runs.groupby(["record", "variant"]), key=lambda item: (item[0][0], order.index(item[0][1]))
+    ):
+        change = [a - b for a, b in zip(cell.acc, cell.acc_before, strict=True)]
+        asr, ra = ("", "") if cell.asr.isna().all() else (_beside(cell, "asr"), _beside(cell, "ra"))
+        flagged = ", ".join(f or "none" for f in cell.flagged)
+        yield (
+            f"| {record} | {variant} | {100 * interval(change)[0]:+.1f} | {asr} | {ra} | {flagged} "
+            f"| {cell.cpu_seconds.mean():.0f} | {len(cell)} |"
+        )
+
+
+def _beside(cell: pd.DataFrame, key: str) -> str:
+    spread = f" [{percent(cell[key].min())}, {percent(cell[key].max())}]" if len(cell) > 1 else ""
+    return f"{percent(cell[key].mean())}{spread} ({percent(cell[f'clean_{key}'].mean())})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", default=list(VARIANTS), help="; ".join(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--records", nargs="+", metavar="NAME", help="all that are there, if not given")
+    args = parser.parse_args()
+    if unknown := set(args.variants) - set(VARIANTS):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    folders = sorted(f for f in (home() / "record").iterdir() if (f / "result.json").is_file())
+    records = {f.name: find_record(f.name) for f in folders}
+    records = {name: r for name, r in records.items() if r.dataset == DATASET}
+    cleans = [r for r in records.values() if r.attack == "prototype"]
+    train, test = load_dataset(DATASET)
+    test = test.subset(_some(len(test), JUDGED_CLEAN))
+    for seed in args.seeds:
+        for variant in args.variants:
+            for name in args.records or records:
+                measure(records[name], variant, seed, train, test, cleans)
+    files = sorted((home() / "successor").glob("*.json"))
+    runs = pd.DataFrame([json.loads(file.read_text()) for file in files])
+    write_csv(RESULTS / "successor.csv", runs)
+    write_block("successor", list(table(runs)), PAGE)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    main()
