@@ -253,7 +253,7 @@ def results() -> Iterator[Case]:
             (place.home / "results" / "bad").mkdir()
             make(place.home / "results" / "bad" / "result.json")
 
-        yield Case(f"result.json is {name}", plant, ["results", "results"], exits=(0,), slow=name == "a folder")
+        yield Case(f"a run's result.json is {name}", plant, ["results", "results"], exits=(0,), slow=name == "a folder")
     for argv, word in (
         (["results", "results", "--export", "no/such/folder.csv"], "folder"),
         (["results", "results", "--export", "results/x.csv/y.csv"], "folder"),
