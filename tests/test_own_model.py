@@ -403,7 +403,7 @@ def test_progress_is_told(
     ulrl.purify(backdoored, *clean, **QUICK, device="cpu", progress=lambda *step: told.append(step))
     for stage, steps in (("unlearn", 4), ("relearn", 2)):
         assert [step[1:] for step in told if step[0] == stage] == [(i, steps) for i in range(steps + 1)]
-    assert capsys.readouterr().err == ""
+    assert "relearn" not in capsys.readouterr().err
     ulrl.purify(backdoored, *clean, **QUICK, progress=True)
     assert "relearn: 100%" in capsys.readouterr().err
 
