@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import yaml
 
-from ulrl.training import has_bf16
+from ulrl.machine import has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,12 +123,21 @@ class Spent(NamedTuple):
 def write_cifar10(base: Path, n_test: int) -> None:
     """CIFAR-10's "python version", each class with a colour of its own, so that a short training learns it."""
     rng = np.random.default_rng(0)
-    base.mkdir(parents=True)
     colours = rng.integers(0, 156, (10, 3, 1))
-    for name, n in (*((f"data_batch_{i}", 10_000) for i in range(1, 6)), ("test_batch", n_test)):
+
+    def coloured(n: int) -> tuple[np.ndarray, np.ndarray]:
         labels = rng.integers(0, 10, n)
-        pixels = (colours[labels] + rng.integers(0, 100, (n, 3, 1024))).astype(np.uint8)
-        batch = {"labels": labels.tolist(), "data": pixels.reshape(n, 3072)}
+        return (colours[labels] + rng.integers(0, 100, (n, 3, 1024))).astype(np.uint8), labels
+
+    write_batches(base, coloured(50_000), coloured(n_test))
+
+
+def write_batches(base: Path, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> None:
+    """Images (uint8 [N, 3, 32, 32], or flat) and labels [N] as CIFAR-10's files; 50,000 are for training."""
+    base.mkdir(parents=True)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        pixels, labels = (part[10_000 * i : 10_000 * (i + 1)] for part in train) if i < 5 else test
+        batch = {"labels": labels.tolist(), "data": np.ascontiguousarray(pixels).reshape(len(labels), 3072)}
         (base / name).write_bytes(pickle.dumps(batch, protocol=2))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}, protocol=2))
 

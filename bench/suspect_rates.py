@@ -39,12 +39,12 @@ DATASETS = {  # how to train on each, and the share of its training images that 
     ),
 }  # fmt: skip
 TARGETS = {
-    "digits": {"badnet": (1, 4, 6, 7), "blended": (0, 3, 5, 8)},
+    "digits": {"badnet": (1, 2, 4, 6, 7, 9), "blended": (0, 3, 5, 6, 8, 9)},
     "fashion_mnist": {"badnet": (0, 8), "blended": (4,), "sig": (1,)},
 }
 MODELS = [
     (dataset, *model)
-    for dataset, first, clean in (("digits", 2000, 8), ("fashion_mnist", 1000, 4))
+    for dataset, first, clean in (("digits", 2000, 12), ("fashion_mnist", 1000, 4))
     for model in [
         *(("prototype", None, first + seed) for seed in range(clean)),
         *(

@@ -24,9 +24,10 @@ from PIL import Image
 from ulrl.data.batches import Batches
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet
+from ulrl.machine import has_bf16
 from ulrl.models import build_model
 from ulrl.seeds import generator
-from ulrl.training import Monitor, TrainOptions, fit, has_bf16, predict
+from ulrl.training import Monitor, TrainOptions, fit, predict
 from ulrl.tv import torchvision
 
 SPEC = dataset_spec("cifar10")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from manners import refused
 from PIL import Image
+from rich.console import Console
 from scipy.fft import dctn, idctn
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.attacks.lab import Lab
-from ulrl.configure import AttackRun
+from ulrl.configure import AttackRun, configure_attack
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
@@ -25,9 +27,11 @@ from ulrl.metrics import perceptibility
 from ulrl.models import build_model
 from ulrl.record import load_record
 from ulrl.report.pictures import draw
+from ulrl.report.tables import result_table
 from ulrl.runs.attacking import run_attack
 from ulrl.training import Monitor, TrainOptions
 
+CONFIG = Path(__file__).parent.parent / "config" / "attack"
 CLEAN_LABEL = {"sig", "lc", "ctrl"}
 COVERED = {"adaptive_blend", "adaptive_patch", "tact"}
 CROSSED = {"wanet", "inputaware", "bpp"}
@@ -247,6 +251,41 @@ def test_record_holds_what_the_attack_did(name: str, tmp_path: Path, monkeypatch
     assert record.bd_train is not None
     covers = set(record.bd_train.indices[record.bd_train.cover].tolist())
     assert covers == listed["cover"], "covers are told from poisoned samples"
+
+
+def test_a_backdoor_that_did_not_take_is_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One poisoned image plants nothing; a half of them do; without a trigger there is nothing to say."""
+    for attack, expected in (
+        (quick("badnet", p_num=1), False),
+        (quick("badnet", pratio=0.5, patch_size=4), True),
+        (ATTACKS["prototype"](), None),
+    ):
+        caplog.clear()
+        epochs = TrainOptions(epochs=3, batch_size=64, lr=0.05)
+        monkeypatch.setenv("ULRL_HOME", str(tmp_path))
+        options = AttackRun(dataset="digits", width=8, save_folder_name=f"{expected}", device="cpu")
+        folder, result = run_attack(attack, options, epochs, bar=False)
+        assert json.loads((folder / "result.json").read_text())["took"] is result["took"] is expected
+        words = f"did not take: ASR {100 * (result['after']['asr'] or 0):.1f}%, below 50%"
+        assert (words in caplog.text) == (words in next(folder.glob("*.log")).read_text()) == (expected is False)
+        table = Console(file=io.StringIO(), width=80)
+        table.print(result_table(result))
+        assert ("did not take: ASR below 50%" in table.file.getvalue()) == (expected is False)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(f.parent.name for f in CONFIG.glob("*/digits.yaml") if f.parent.name != "prototype")
+)
+def test_shipped_settings_for_the_digits_plant(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the default does not. Seen: 94 to 100%, on one machine."""
+    monkeypatch.setenv("ULRL_HOME", str(tmp_path))
+    said = {"dataset": "digits", "device": "cpu", "save_folder_name": "made"}
+    _, result = run_attack(*configure_attack(name, said, AttackRun, quiet=True), bar=False)
+    assert result["options"]["width"] == 16
+    assert result["after"]["asr"] > 0.8
+    assert result["after"]["acc"] > 0.9
 
 
 def _index(file: Path) -> set[int]:
@@ -471,6 +510,15 @@ def test_ready_made_images_are_taken_by_their_index(tmp_path: Path, monkeypatch:
     refused(lambda: make(ATTACKS["ssba"](**files), tmp_path / "b", monkeypatch), "train.npy has 3 images")
     np.save(tmp_path / "train.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     refused(lambda: make(ATTACKS["ssba"](**files), tmp_path / "b", monkeypatch), "cannot read", "train.npy")
+
+
+def test_ready_made_images_are_put_where_the_others_are(tmp_path: Path) -> None:
+    """On a GPU they were left on the CPU. The device `meta` is as far away, and everywhere."""
+    _, test = load_dataset("digits")
+    np.save(tmp_path / "bank.npy", np.zeros((len(test), 8, 8, 1), np.uint8))
+    ssba = ATTACKS["ssba"](attack_test_replace_imgs_path=str(tmp_path / "bank.npy"))
+    made = ssba.poison_set(test.to("meta"), torch.arange(5), train=False)
+    assert made.images.device == made.labels.device
 
 
 def test_low_frequency_pattern_of_a_file_is_brought_to_pixel_values(tmp_path: Path) -> None:

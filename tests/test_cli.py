@@ -94,11 +94,11 @@ def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.Ca
     assert codes == [(0, 0), (2, 0), (0, 1)]
     assert "exists; pass --overwrite" in capsys.readouterr().err
 
-    compared = tiny_home / "record" / "tiny" / "defense" / "ft_0.1_seed0" / "result.json"
+    compared = tiny_home / "record" / "tiny" / "defense" / "clp_0.1_seed0" / "result.json"
     times, codes = [], []
-    for more in ([], [], ["--epochs", "2"], ["--epochs", "2", "--overwrite"]):
+    for more in ([], [], ["--eval_every", "1"], ["--eval_every", "1", "--overwrite"]):
         with pytest.raises(SystemExit) as left:
-            main(["compare", "tiny", "--defenses", "ft", *repair[2:], *more])
+            main(["compare", "tiny", "--defenses", "clp", "--ratio", "0.1", "--device", "cpu", *more])
         codes.append(left.value.code)
         times.append(compared.stat().st_mtime_ns)
     assert codes == [0, 0, 2, 0]

@@ -26,6 +26,7 @@ from PIL import Image
 
 from ulrl.cli import attack_main, defense_main
 from ulrl.data import imagefiles
+from ulrl.data.cache import cache_folder
 from ulrl.data.datasets import SPECS, dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
@@ -92,6 +93,20 @@ def test_tiny(tmp_path: Path, layout: str, inner: str) -> None:
     if layout == "by class":  # BackdoorBench reads this layout with ImageFolder
         for part, split in zip(read, ("train", "val"), strict=True):
             assert torchvision.datasets.ImageFolder(tmp_path / "tiny" / inner / split).targets == part.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("gtsrb", "torchvision.datasets.GTSRB"), ("tiny", "tiny-imagenet-200.zip")]
+)
+def test_missing_images_say_what_to_do_where_there_are_no_scripts(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed from a wheel."""
+    monkeypatch.setattr("ulrl.data.layouts.PACKAGE_ROOT", tmp_path)
+    with pytest.raises(UserError, match=words) as said:
+        load_dataset(name, str(tmp_path))
+    assert str(tmp_path) in str(said.value)
+    assert "sh/" not in str(said.value)
 
 
 @pytest.mark.parametrize(("name", "script"), [("gtsrb", "fetch_gtsrb.sh"), ("tiny", "fetch_tiny.sh")])
@@ -188,8 +203,9 @@ def test_any_byte_changed_gives_a_whole_set_or_one_line(tmp_path: Path, data: st
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
-    """A folder of a user's own, three classes, one split."""
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user's own, three classes, one split, and a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     root = tmp_path / "own"
     peer.write_folder(root, {"apple": 11, "birch": 10, "cloud": 2})
     return root
@@ -239,16 +255,16 @@ def test_a_changed_source_is_converted_anew(own: Path, monkeypatch: pytest.Monke
         seen.clear()
         load_dataset("folder", str(own), (16,))
         assert not seen, what
-    assert len(list((own / imagefiles.CACHE).glob("*.npy"))) == 1, "stale ones are removed"
+    assert len(list(cache_folder().glob("*.npy"))) == 1, "stale ones are removed"
     load_dataset("folder", str(own), (8, 12))
     load_dataset("folder", str(own), (16,))
-    assert len(list((own / imagefiles.CACHE).glob("*.npy"))) == 2, "sizes have files of their own"
+    assert len(list(cache_folder().glob("*.npy"))) == 2, "sizes have files of their own"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\3\4 no array", b"cut", b"other shape"])
 def test_a_damaged_cache_is_written_anew(own: Path, content: bytes) -> None:
     first = load_dataset("folder", str(own), (16,))[0].images.clone()  # what is mapped is gone when the file is cut
-    (cache,) = (own / imagefiles.CACHE).glob("*.npy")
+    (cache,) = cache_folder().glob("*.npy")
     if content == b"cut":
         content = cache.read_bytes()[:-1]
     elif content == b"other shape":
@@ -259,16 +275,31 @@ def test_a_damaged_cache_is_written_anew(own: Path, content: bytes) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_read(own: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (own / imagefiles.CACHE).write_text("a file where the folder should be")
+    cache_folder().parent.mkdir()
+    cache_folder().write_text("a file where the folder should be")
     with caplog.at_level(logging.INFO, "ulrl"):
         train, test = load_dataset("folder", str(own), (16,))
     (line,) = caplog.messages
-    assert str(own / imagefiles.CACHE) in line
-    shutil.rmtree(own / imagefiles.CACHE, ignore_errors=True)
-    (own / imagefiles.CACHE).unlink()
+    assert str(cache_folder()) in line
+    cache_folder().unlink()
     cached = load_dataset("folder", str(own), (16,))
     assert torch.equal(train.images, cached[0].images)
     assert torch.equal(test.images, cached[1].images)
+
+
+def test_links_that_were_planted_for_the_cache_are_not_followed(own: Path, tmp_path: Path) -> None:
+    """Neither among the images, where it once lay, nor in the cache's own folder."""
+    first = load_dataset("folder", str(own), (16,))[0].images.clone()
+    canary = tmp_path / "canary"
+    canary.write_text("untouched")
+    (own / ".ulrl_cache").symlink_to(tmp_path / "made")
+    for file in list(cache_folder().iterdir()):
+        file.unlink()
+        file.symlink_to(canary if file.suffix == ".lock" else tmp_path / "made.npy")
+    again = load_dataset("folder", str(own), (16,))[0].images
+    assert torch.equal(first, again)
+    assert canary.read_text() == "untouched"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("made")]
 
 
 def test_a_full_disk_is_said_and_the_images_are_read(
@@ -282,7 +313,7 @@ def test_a_full_disk_is_said_and_the_images_are_read(
         train, _ = load_dataset("folder", str(own), (16,))
     assert "No space left" in caplog.text
     assert len(train) == 18
-    assert [p.name for p in (own / imagefiles.CACHE).iterdir()] == ["lock"]
+    assert [p.suffix for p in cache_folder().iterdir()] == [".lock"]
 
 
 def test_starts_at_the_same_time_convert_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +338,7 @@ def test_one_split_is_divided_the_same_at_every_start(own: Path) -> None:
     assert train.spec.class_names == ("apple", "birch", "cloud")
     assert train.labels.bincount().tolist() == [9, 8, 1]
     assert test.labels.bincount().tolist() == [2, 2, 1]
-    shutil.rmtree(own / imagefiles.CACHE)
+    shutil.rmtree(cache_folder())
     again = load_dataset("folder", str(own), (12, 20))
     assert torch.equal(test.images, again[1].images)
 

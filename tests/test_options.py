@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from manners import refused
 
+from ulrl.attacks.badnet import BadNet
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main
-from ulrl.configure import AttackRun, DefenseRun
+from ulrl.configure import AttackRun, DefenseRun, configure_attack, options_file
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.models.architectures import ARCHITECTURES
@@ -130,6 +131,44 @@ def test_a_run_takes_flag_over_attack_yaml_over_prototype_yaml_over_default(
         assert key in ignored
     for file in (prototype, attack):
         assert str(file) in said.err
+
+
+def test_an_attacks_file_for_the_data_set_is_over_its_default_and_under_what_is_named(empty_home: Path) -> None:
+    """What it says of the training yields to a training file that the user named, even where the user's has no say."""
+    own = empty_home / "config/attack/badnet"
+    own.mkdir(parents=True)
+    (own / "default.yaml").write_text("patch_size: 4\npratio: 0.3\n")
+    (own / "digits.yaml").write_text("patch_size: 2\nepochs: 7\n")
+    (empty_home / "mine.yaml").write_text("dataset: digits\nepochs: 3\n")
+    (empty_home / "theirs.yaml").write_text("pratio: 0.4\n")
+    cases: list[tuple[dict[str, Any], tuple[int, float, int]]] = [
+        ({}, (2, 0.3, 7)),
+        ({"epochs": 5}, (2, 0.3, 5)),
+        ({"dataset": "mnist"}, (4, 0.3, 10)),
+        ({"yaml_path": "mine.yaml"}, (2, 0.3, 3)),
+        ({"bd_yaml_path": "theirs.yaml"}, (BadNet.patch_size, 0.4, 10)),
+    ]
+    for said, expected in cases:
+        attack, _, training = configure_attack("badnet", said, AttackRun, quiet=True)
+        assert isinstance(attack, BadNet)
+        assert (attack.patch_size, attack.pratio, training.epochs) == expected, said
+
+
+def test_shipped_files_go_by_name_and_the_users_own_file_wins(
+    empty_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = CONFIG / "defense/ulrl/cifar10.yaml"
+    for named in ("defense/ulrl/cifar10", "config/defense/ulrl/cifar10.yaml", "./config/defense/ulrl/cifar10.yaml"):
+        assert options_file(named).resolve() == shipped.resolve()
+    monkeypatch.setattr("ulrl.files.PACKAGE_ROOT", empty_home / "nowhere")  # as when it is installed
+    assert options_file("./config/defense/ulrl/cifar10.yaml").resolve() == shipped.resolve()
+    own = empty_home / "config/defense/ulrl/cifar10.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("ratio: 0.5\n")
+    assert options_file("config/defense/ulrl/cifar10.yaml") == own
+    for named, hint in (("defense/ulrl/cifar11", "cifar10"), ("../defense/ulrl/cifar10", ""), ("/sweep/quick", "")):
+        with pytest.raises(UserError, match=f"{named}.*{hint}.*ulrl list configs"):
+            options_file(named)
 
 
 # What is understood

@@ -486,6 +486,8 @@ def test_a_head_may_be_a_convolution(
     if method == "ulrl":
         ranked = [result.ranking.change for result in results]  # type: ignore[union-attr]
         assert ranked[1].to_numpy() == pytest.approx(ranked[0].to_numpy(), rel=0.1)
+    if method == "fst":
+        assert other["evidence"]["head_cosine"] == pytest.approx(linear["evidence"]["head_cosine"], abs=0.1)
     if method == "fp":
         assert other["evidence"] == linear["evidence"]
         zero = (results[1].model.classify.weight == 0).all(0).sum()
@@ -697,7 +699,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES[2:])} --check --model my_nets:broken", "ValueError: out of order"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:number", "returns a int, not a torch.nn.Module"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:eleven", "does not fit --model: see classify.weight"),
-        ("--model my_nets:Net --images photos --check --weights trap.pt", "holds more than tensors, which was refused"),
+        ("--model my_nets:Net --images photos --check --weights trap.pt", "asks to run"),
         ("--model my_nets:Net --images photos --check --weights list.pt", "holds no state_dict"),
         ("--model my_nets:Net --images photos --check --weights none.pt", "none.pt cannot be read"),
         ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),

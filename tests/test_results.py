@@ -135,6 +135,14 @@ def test_a_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "ulrl (epochs 5)" in printed
 
 
+def test_the_same_record_under_two_names_is_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_record(tmp_path / name, "badnet", {"ulrl": {"asr": 0.2}, "ft": {"method": "ft", "asr": 0.3}})
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    assert summarise(frame, "defense").n.tolist() == [1, 1, 1]
+    assert summarise(select(frame, "record=b"), "defense").n.tolist() == [1, 1, 1], "alone it repeats none"
+
+
 def test_other_options_of_records_are_other_lines_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for width, asr in ((16, 0.1), (64, 0.5)):
         options = {"width": width, "pratio": 0.1}

@@ -78,9 +78,9 @@ def test_the_data_set_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(a.images, b.images) for a, b in zip(read, again, strict=True))
 
 
-def test_other_garments_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+def test_other_garments_are_not_taken_from_the_cache() -> None:
     first, second = garments(5), garments(6)[1:]
-    made = [scenes.cached_scenes(g, 0, tmp_path, test=False) for g in (first, second, first)]
+    made = [scenes.cached_scenes(g, 0, test=False) for g in (first, second, first)]
     assert (made[0] == made[2]).all()
     assert (made[1] == scenes.scenes(second, 0, test=False)).all()
 

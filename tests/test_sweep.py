@@ -215,7 +215,7 @@ def test_status_tells_who_runs_what_and_the_time_left(shared_home: Path) -> None
         assert (ours, again) == (True, False)
         said = status(jobs)
     assert said[0] == "4 runs: 1 queued, 1 running, 2 done"
-    assert said[1].startswith("running record/r0/defense/d1 on ")
+    assert said[1].startswith("running record/r0/defense/d1 by process ")
     assert said[-1] == "about 3 min left with 1 at once"
 
 
@@ -368,6 +368,55 @@ def test_a_task_that_does_not_see_the_storage_says_so(empty_home: Path, tmp_path
     job = command("r", "true")
     assert _work(job, str(tmp_path / "nowhere"), "token", None) is None
     assert not job.done()
+
+
+def test_a_job_that_is_sent_by_value_after_all_stays_claimed(shared_home: Path) -> None:
+    """The first task answers that it does not see the sweep's files; a second sweep must not take the job then."""
+
+    class Ray:
+        class exceptions:
+            RayError = RuntimeError
+
+        answers: list[bytes | None] = [None, b""]  # noqa: RUF012
+
+        def wait(self, tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
+            return tasks, []
+
+        def get(self, task: int) -> bytes | None:
+            return self.answers.pop(0)
+
+        def cluster_resources(self) -> dict[str, float]:
+            return {}
+
+        def options(self, **how: object) -> Ray:
+            return self
+
+        def remote(self, *arguments: object) -> int:
+            return len(self.answers)
+
+    job = command("alone", "true")
+    engine = RayEngine.__new__(RayEngine)
+    ray = Ray()
+    vars(engine).update(
+        _ray=ray, _task=ray, _cpus=1, _per_gpu=1, _by_value=False, _token=Path("x.seen"), _tasks={}, _claims={},
+        _parcels={}, _not_ours=[],
+    )  # fmt: skip
+    engine.start(job)
+    assert engine.finished(0) == []
+    with claim(job) as free:
+        assert not free
+    assert engine.finished(0) == [(job, "")]
+    with claim(job) as free:
+        assert free
+
+
+def test_more_runs_than_a_sweep_may_have_are_counted_not_made(empty_home: Path) -> None:
+    file = empty_home / "many.yaml"
+    lists = "".join(f"  {key}: [{', '.join(map(str, range(1, 101)))}]\n" for key in ("epochs", "batch_size", "width"))
+    for text in (f"attacks:\n  attack: badnet\n  dataset: digits\n{lists}",
+                 "attacks:\n  attack: badnet\n  dataset: digits\n  seeds: 1000000000\n"):  # fmt: skip
+        file.write_text(text)
+        refused(lambda: read_sweep(str(file)), "100000")
 
 
 def test_ray_is_an_extra(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

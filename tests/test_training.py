@@ -11,7 +11,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.machine import has_bf16
+from ulrl.machine import has_bf16, whole_float32
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import build_model, load_model
 from ulrl.seeds import generator, stream_seed
@@ -30,6 +30,15 @@ def train(data: ImageSet, options: TrainOptions, monitor: Monitor, **how: object
     scheduler = options.scheduler(optimizer)
     fit(model, batches, options.epochs, optimizer, scheduler, monitor, "train", amp=options.amp, **how)  # type: ignore[arg-type]
     return model
+
+
+def test_float32_is_whole_only_where_asked() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with pytest.raises(KeyError), whole_float32():
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        raise KeyError
+    assert torch.backends.cudnn.allow_tf32 is before
 
 
 def test_bar_in_a_file_has_few_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from ulrl.errors import UserError
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from ulrl.own_model import Note, Purified, Suspicion, evaluate, purify, suspect
     from ulrl.own_record import PurifiedRecord, purify_record
     from ulrl.record import Record, load_record
+
+# Read when torch is loaded: OpenMP's threads sleep while they wait for each other. As it comes they spin, on cores that
+# other processes want (bench/shared_machine.py). What the user has set stands.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 __version__ = "0.1.0"
 __all__ = [

@@ -31,7 +31,7 @@ class RunOptions:
         "./data", "folder that holds <dataset>/; for the data set `folder`, that folder", source="BackdoorBench"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
-    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
     eval_every: int = option(0, "judge on the test sets every N epochs too; 0: only at start and end", low=0)
 
 
@@ -210,6 +210,9 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[L
         own = [_usual_layer(schema, f"attack/{name}", "default")]
         if name != "prototype":  # whose files are those of the training
             own.append(_usual_layer(schema, f"attack/{name}", dataset))
+        if "yaml_path" in flags:  # what the user named for the training says how to train
+            trains = {f.name for f in fields(TrainOptions)}
+            own = [(path, {k: v for k, v in values.items() if k not in trains}) for path, values in own]
     files = [*training, *own]
     for other, ours in DEFENSE_ONLY.items():  # in a defense's file they only describe the record
         if any(other in layer for layer in (flags, *(values for _, values in files))):

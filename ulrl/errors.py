@@ -47,8 +47,9 @@ class LineFormatter(logging.Formatter):
 
 
 def csv_cell(text: str) -> str:
-    """A text for a cell of a CSV file: a spreadsheet would run one that begins as a formula does."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not _is_number(text) else text
+    """A text for a cell of a CSV file, `printable`, and no formula, which a spreadsheet would run."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\\t", "\\r")) and not _is_number(text) else text
 
 
 def _is_number(text: str) -> bool:

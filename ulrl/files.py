@@ -6,16 +6,25 @@ import contextlib
 import errno
 import fcntl
 import io
+import logging
 import os
+import platform
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from ulrl.errors import UserError
+from ulrl.untrusted.opening import kind
+
+LOCK_PATIENCE = 1800.0  # seconds
+
+log = logging.getLogger(__name__)
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +36,8 @@ def home() -> Path:
     any directory; else, for an installed package, the current directory.
     """
     if chosen := os.environ.get("ULRL_HOME"):
+        if os.path.exists(chosen) and not os.path.isdir(chosen):
+            raise UserError(f"ULRL_HOME is {chosen}, which is no folder; name one that holds record/ and data/")
         return Path(chosen).resolve()
     return PACKAGE_ROOT if (PACKAGE_ROOT / "config").is_dir() else Path.cwd()
 
@@ -50,14 +61,23 @@ def check_output(path: Path, flag: str = "", suffixes: Sequence[str] = ()) -> No
         raise UserError(f"{named}: name a file that ends in {', '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{named} is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # to replace /dev/null would harm the whole machine
+        raise UserError(f"{named} is {kind(path.stat().st_mode)}; name a file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{named}: there is no folder {path.parent}; make it first")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it becomes `path` when the block ends well."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Yield a temporary name beside `path`, an empty file; it becomes `path` when the block ends well.
+
+    Raises:
+        UserError: as `check_output`.
+    """
+    check_output(path)
+    # A new name, and so no link that leads elsewhere.
+    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
     try:
         yield partial
         os.replace(partial, path)
@@ -99,20 +119,79 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
             folder.parent.rmdir()
 
 
+def open_lock(path: Path) -> TextIO:
+    """The lock file, made where it is not there; its text says who holds it: "<process> on <host>".
+
+    Raises:
+        OSError: it cannot be opened; it is a link, which is not followed, a pipe, which is not waited for, or the like.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(errno.EINVAL, f"no lock but {kind(path.lstat().st_mode)}", str(path))
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "r+", encoding="utf-8", errors="replace")
+
+
+def is_stopped(holder: str) -> bool:
+    """Whether "<process> on <host>" is a process of this machine that someone has stopped."""
+    pid, _, host = holder.strip().partition(" on ")
+    if host != platform.node() or not pid.isdecimal():
+        return False
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
+    return False
+
+
+@contextlib.contextmanager
+def waited_for(lock: Path, what: str) -> Iterator[bool]:
+    """Hold the lock file for the length of the block. Where another process has it, say which, and wait for it.
+
+    Yields whether it is ours: not when its holder is stopped, or has not let go of it for half an hour.
+
+    Raises:
+        OSError: as `open_lock`.
+    """
+    with open_lock(lock) as file:
+        start, said = time.monotonic(), False
+        while not _taken(file.fileno()):
+            waited, holder = time.monotonic() - start, " ".join(file.read(200).split())
+            file.seek(0)
+            if not said and waited > 1:
+                log.info("waiting for process %s, which is %s (%s)", holder, what, lock)
+                said = True
+            if waited > LOCK_PATIENCE or (waited > 5 and is_stopped(holder)):
+                log.warning("process %s does not let go of %s, and is not waited for", holder, lock)
+                yield False
+                return
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield True
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _claim(partial: Path, folder: Path, keep: str) -> int:
     """Make `partial` afresh and lock it, so that a second run of the same name cannot write into it."""
     if partial.is_dir() and not partial.is_symlink():
-        left = os.open(partial, os.O_RDONLY)
+        left = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free when its run was killed
-        except BlockingIOError:
-            raise UserError(f"another run is writing {folder}; wait for it, or choose another name") from None
+            if not _taken(left):  # it is free when its run was killed
+                raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
         finally:
             os.close(left)
     _empty(partial, keep)
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    _lock(lock, fcntl.LOCK_EX)
+    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    if not _taken(lock):
+        os.close(lock)
+        raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
     return lock
 
 

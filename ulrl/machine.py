@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import os
 import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,10 @@ import torch
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT
 
+log = logging.getLogger(__name__)
+
 DEVICES = ("cpu", "cuda")  # those that are asked for by name
+TINY = 16 * 16  # pixels of an image up to which one thread is the fastest
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,7 +54,12 @@ def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 matrices in hardware, so that autocast pays."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # The processor's word alone is not enough: where ATEN_CPU_CAPABILITY keeps torch from AVX-512, its attention fails.
+    return (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    )
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
@@ -59,6 +70,43 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bf16(device))
 
 
+@contextlib.contextmanager
+def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
+    """The threads of a run on images of so many pixels: inside the block one, where they are tiny.
+
+    Threads wait for each other after every layer. On tiny images that is most of their time, and where another process
+    has the core of one of them, all wait for that: two threads were often many times slower than one
+    (bench/shared_machine.py). OMP_NUM_THREADS, where the user has set it, stands.
+    """
+    threads, cores, (load, _, _) = torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()
+    if "OMP_NUM_THREADS" not in os.environ and threads > 1:
+        if pixels <= TINY:
+            torch.set_num_threads(1)
+        elif load >= cores and device.type == "cpu":
+            log.warning(
+                "this machine is busy (load %.1f on %d cores), where %d threads are often slower than one: "
+                "try OMP_NUM_THREADS=1", load, cores, threads,
+            )  # fmt: skip
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Inside the block float32 is float32 on a GPU too, where convolutions are else computed in TF32, with 10 bits."""
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = False
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides its options."""
     on_gpu = device.type == "cuda"
@@ -67,6 +115,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "git": _git_commit(),
     }
 

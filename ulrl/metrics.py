@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+TOOK = 0.5  # least ASR of a backdoor that took: below it most triggered images are not given the attacker's label
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -22,6 +24,11 @@ class Judgement:
     ra: float | None
     n_clean: int
     n_poisoned: int
+
+
+def took(judgement: Judgement) -> bool | None:
+    """Whether a backdoor works at all, so that a defense has something to remove; None where none was planted."""
+    return None if judgement.asr is None else judgement.asr >= TOOK
 
 
 def share(hits: torch.Tensor) -> float | None:

@@ -189,7 +189,11 @@ def _as(value: Any, kinds: tuple[Any, ...]) -> Any:
     if kind is str:
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise TypeError
-        return str(value)
+        text = str(value)
+        text.encode()  # half a surrogate pair is a ValueError
+        if "\0" in text:  # no path may have it
+            raise ValueError
+        return text
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
         raise ValueError
     number = kind(value)

@@ -9,10 +9,7 @@ import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -30,9 +27,8 @@ from ulrl.own_model import Purified, Suspicion, purify, suspect
 from ulrl.own_model.given import head_size
 from ulrl.own_model.saving import check_weights_output
 from ulrl.seeds import generator
-
-# What training scripts wrap a state_dict in, BackdoorBench's and DataParallel's among them.
-WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")
+from ulrl.untrusted.torchfiles import MOST
+from ulrl.untrusted.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -148,24 +144,11 @@ def _build(named: str) -> nn.Module:
 
 def _load_weights(model: nn.Module, file: Path) -> None:
     """Load weights strictly. Nothing in the file is run."""
-    weights: Any
+    size = sum(w.nbytes for w in model.state_dict().values())
     try:
-        if file.suffix == ".safetensors":
-            weights = safetensors.torch.load_file(str(file))
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"--weights {file} cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # whatever torch makes of a stranger's bytes
-        raise UserError(
-            f"--weights {file} is damaged, or holds more than tensors, which was refused; save model.state_dict() "
-            f"({type(error).__name__})"
-        ) from error
-    while isinstance(weights, dict) and (inner := [k for k in WRAPPINGS if isinstance(weights.get(k), dict)]):
-        weights = weights[inner[0]]
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
-        raise UserError(f"--weights {file} holds no state_dict, name to tensor; save model.state_dict()")
-    weights = {name.removeprefix("module."): w for name, w in weights.items()}  # DataParallel's
+        weights = load_weights(file, max(MOST, 8 * size))  # an optimizer's state may lie beside them
+    except UserError as error:
+        raise UserError(f"--weights {error}") from None
     own = model.state_dict()
     for name, w in own.items():  # safetensors keep shared weights under one of their names
         twin = next((k for k in weights if k in own and own[k].data_ptr() == w.data_ptr()), None)
@@ -184,7 +167,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 
 def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
     if not root.is_dir():
-        raise UserError(f"--images {root}: there is no such folder")
+        raise UserError(f"--images {run.images}: there is no such folder")
     names = subfolders(root)
     if len(names) < 2:
         raise UserError(f"--images {root} does not hold a subfolder per class")

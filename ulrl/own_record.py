@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = 
     opened = find_record(str(record), "record")
     given = defense_schema(method).check(options, f"the options of {method}")
     defense, run = configure_defense(method, given, opened.dataset, opened.model_name, quiet=True)
-    folder, result = run_once(defense, opened, run, bar=progress)
+    folder, _ = run_once(defense, opened, run, bar=progress)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     draw(folder)
     weights = load_defense_result(folder, opened)
     model = load_model(opened.model_name, opened.num_classes, weights, opened.img_size[2])

@@ -19,12 +19,15 @@ from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.files import home, in_threads
 from ulrl.poison_state import PoisonState, need, read_state
+from ulrl.record_formats import PICKLE as RESULT_FILE
+from ulrl.record_formats import load_raw
+from ulrl.record_formats import result_file as file_of
 from ulrl.untrusted.images import read_png
 from ulrl.untrusted.opening import real_path
 from ulrl.untrusted.texts import read_json
-from ulrl.untrusted.torchfiles import Other, load_torch
+from ulrl.untrusted.torchfiles import load_torch
+from ulrl.untrusted.weights import check_weights
 
-RESULT_FILE = "attack_result.pt"
 INFO_FILE = "info.pickle"
 KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 
@@ -135,13 +138,13 @@ def load_record(path: str | os.PathLike[str]) -> Record:
             to run code.
     """
     folder = Path(os.path.abspath(path))
-    file = folder / RESULT_FILE
+    file = file_of(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name the folder of a record, the one with {RESULT_FILE}")
     if not os.path.lexists(file):
         raise UserError(f"{file} is missing: not a record, or an attack that did not finish; run it again")
     inside = folder.resolve()
-    for name in (RESULT_FILE, INFO_FILE, "result.json"):
+    for name in (file.name, INFO_FILE, "result.json"):
         real_path(folder / name, inside)
     raw = _load_dict(file, inside, KEYS)
     for key in ("model_name", "clean_data", "data_path"):
@@ -163,7 +166,7 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         img_size=(size[0], size[1], size[2]),
         bd_train=None if raw["bd_train"] is None else read_state(file, "bd_train", raw["bd_train"], classes),
         bd_test=read_state(file, "bd_test", raw["bd_test"], classes),
-        attack=_attack_name(folder, inside),
+        attack=raw["attack"] if isinstance(raw.get("attack"), str) else _attack_name(folder, inside),
     )
 
 
@@ -176,7 +179,7 @@ def find_record(result_file: str, flag: str = "--result_file") -> Record:
     if not result_file:
         raise UserError(f"{flag} is missing: give the name of a record under record/")
     named = home() / "record" / result_file
-    return load_record(named if (named / RESULT_FILE).exists() or not Path(result_file).is_dir() else Path(result_file))
+    return load_record(named if file_of(named).exists() or not Path(result_file).is_dir() else Path(result_file))
 
 
 def load_defense_result(folder: Path, record: Record) -> dict[str, torch.Tensor]:
@@ -195,7 +198,7 @@ def load_defense_result(folder: Path, record: Record) -> dict[str, torch.Tensor]
 
 
 def _load_dict(file: Path, inside: Path, keys: Sequence[str]) -> dict[str, Any]:
-    raw = load_torch(file, inside=inside)
+    raw = load_raw(file, inside)
     need(file, type(raw) is dict, "holds no dict")
     missing = [key for key in keys if key not in raw]
     need(file, not missing, f"lacks {', '.join(missing)}")
@@ -205,16 +208,8 @@ def _load_dict(file: Path, inside: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def _state_dict(file: Path, model: Any) -> dict[str, torch.Tensor]:
     need(file, isinstance(model, dict), "model is not a state dict (names to dense CPU tensors)")
-    for name, weight in model.items():
-        found = weight.what if isinstance(weight, Other) else f"a {type(weight).__name__}"
-        need(
-            file,
-            isinstance(name, str) and isinstance(weight, torch.Tensor) and not weight.is_complex(),
-            f"model is not a state dict (names to dense CPU tensors of real numbers): {str(name)[:80]!r} is {found}",
-        )
-    weights = {_modern_name(name): weight for name, weight in model.items()}
-    need(file, len(weights) == len(model), "its state dict has a weight both with and without the prefix module.")
-    return weights
+    need(file, all(isinstance(name, str) for name in model), "model is not a state dict (names to dense CPU tensors)")
+    return check_weights(file, {_modern_name(name): weight for name, weight in model.items()}, len(model))
 
 
 def _pixels(file: Path, inside: Path, spec: DatasetSpec) -> torch.Tensor:

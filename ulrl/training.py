@@ -122,7 +122,7 @@ class TrainOptions:
     wd: float = option(5e-4, "weight decay", source="BackdoorBench", low=0)
     sam_rho: float = option(0.0, "radius of sharpness-aware minimisation; 0: off", low=0)
     amp: bool = option(True, "bf16 autocast where the device has it")
-    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum, self.wd)

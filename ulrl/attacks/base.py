@@ -44,7 +44,7 @@ class Attack:
     )  # fmt: skip
     pratio: float = option(0.1, "share of the training images to poison", source="BackdoorBench", low=0, high=1)
     p_num: int | None = option(None, "number of training images to poison, instead of pratio", low=1)
-    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
 
     def check(self, spec: DatasetSpec) -> None:
         """Refuse hyperparameters that do not fit the data set, before anything is trained.

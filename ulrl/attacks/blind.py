@@ -30,9 +30,10 @@ class Blind(Attack):
 
     MGDA weighs them so that the sum of their gradients, each scaled by its size and loss ("loss+"), is
     as small as it can be; `fixed` takes the two fix_scale weights. The attack sets in once the plain loss,
-    averaged over the last `batch_history_len` batches, is below `backdoor_batch_loss_threshold`; that is
-    looked at after each epoch. Clean and triggered images pass together: apart, the statistics of a batch
-    tell BatchNorm which it is, and the clean accuracy falls in eval mode.
+    averaged over the last `batch_history_len` batches (or all, while there are fewer), is below
+    `backdoor_batch_loss_threshold`; that is looked at after each epoch. Clean and triggered images pass
+    together: apart, the statistics of a batch tell BatchNorm which it is, and the clean accuracy falls in eval
+    mode.
 
     No training sample is poisoned, so the record has no poisoned training set, and `pratio` means nothing.
     """

@@ -29,7 +29,7 @@ def read_image(
 
 
 def read_bank(path: str, flag: str, rows: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
-    """Rows (int64 [n]) of a file of ready-made images: uint8 [n, C, H, W] out of an .npy [N, H, W, C].
+    """Rows (int64 [n]) of a file of ready-made images: uint8 [n, C, H, W] on the CPU, out of an .npy [N, H, W, C].
 
     Raises:
         UserError: naming `flag`, when the file is no such array or has too few rows.
@@ -43,7 +43,7 @@ def read_bank(path: str, flag: str, rows: torch.Tensor, spec: DatasetSpec) -> to
         raise UserError(f"{flag}: {file} does not hold uint8 images [N, {', '.join(map(str, spec.img_size))}]")
     if len(rows) and int(rows.max()) >= len(bank):
         raise UserError(f"{flag}: {file} has {len(bank)} images, and image {int(rows.max())} is wanted")
-    return torch.from_numpy(bank[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(bank[rows.cpu().numpy()]).permute(0, 3, 1, 2).contiguous()
 
 
 def whole_pixels(values: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,8 @@ class SSBA(Attack):
         if train:
             return replace(part, images=self.learned["train_images"].to(data.device))
         flag = "--attack_test_replace_imgs_path"
-        return replace(part, images=read_bank(self.attack_test_replace_imgs_path, flag, positions, data.spec))
+        bank = read_bank(self.attack_test_replace_imgs_path, flag, positions, data.spec)
+        return replace(part, images=bank.to(data.device))
 
     @torch.no_grad()
     def poison(self, images: torch.Tensor, *, train: bool) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ulrl import own_files
-from ulrl.cli.terminal import print_table
+from ulrl.cli.terminal import print_path, print_table
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.errors import UserError
@@ -52,7 +52,7 @@ def purify(argv: Sequence[str]) -> None:
     result.save(run.out or "", overwrite=run.overwrite)
     flagged = [names[label] for label in result.flagged]
     print_table(accuracy_table(result.report, flagged))
-    print(run.out)
+    print_path(run.out or "")
 
 
 def _diagnose(run: own_files.PurifyRun, model: nn.Module, images: ImageSet, defense: Defense) -> list[str]:

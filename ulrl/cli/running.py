@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ulrl.attacks.base import ATTACKS
-from ulrl.cli.terminal import first_name, plain_options, print_table
+from ulrl.cli.terminal import first_name, plain_options, print_path, print_table
 from ulrl.configure import (
     AttackRun,
     DefenseRun,
@@ -29,6 +29,7 @@ from ulrl.options import Schema, option
 from ulrl.record import Record, find_record
 from ulrl.report import plots
 from ulrl.report.pictures import draw
+from ulrl.report.results import check_result
 from ulrl.report.tables import comparison_table, perceptibility_table, result_table
 from ulrl.runs.attacking import run_attack, run_preview
 from ulrl.runs.defending import run_defense, run_once
@@ -48,9 +49,9 @@ def preview(argv: Sequence[str]) -> None:
     sample = run_preview(attack, run, training)
     path = Path(f"preview_{attack.name}_{run.dataset}.png")
     with whole_file(path) as partial:
-        plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles)
+        plots.trigger_preview(partial, sample.clean, sample.poisoned, sample.titles, f"{name} on {run.dataset}")
     print_table(perceptibility_table(name, run.dataset, sample.perceptibility))
-    print(path)
+    print_path(path)
 
 
 def defense(argv: Sequence[str]) -> None:
@@ -72,7 +73,9 @@ class Comparison:
     """Which defenses to compare, and how often to run each."""
 
     defenses: str = option("ulrl,ft", "names, with commas between")
-    seeds: int = option(1, "runs of each, with seeds 0, 1, ...: other clean samples, other randomness", low=1)
+    seeds: int = option(
+        1, "runs of each, with seeds 0, 1, ...: other clean samples, other randomness", low=1, high=1000
+    )
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -90,9 +93,9 @@ def compare(argv: Sequence[str]) -> None:
         for name in names:
             defense, _, run = _on(record, name, {**shared, "random_seed": seed})
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
-            folder, result = run_once(defense, record, run)
+            folder, _ = run_once(defense, record, run)
+            results.append(check_result(folder / "result.json"))  # which may have come with the record
             draw(folder)
-            results.append(result)
     print_table(comparison_table(record.name, results))
 
 
@@ -111,4 +114,4 @@ def _report(folder: Path, result: dict[str, Any]) -> None:
     print_table(result_table(result))
     with contextlib.suppress(ValueError):  # not below the current directory: keep it absolute
         folder = folder.relative_to(Path.cwd())
-    print(f"{folder}/: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")
+    print_path(f"{folder}/: {', '.join(sorted(p.name for p in folder.iterdir() if not p.name.startswith('.')))}")

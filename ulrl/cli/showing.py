@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ulrl.cli.terminal import first_name, plain_options, print_table
+from ulrl.cli.terminal import first_name, plain_options, print_path, print_table
 from ulrl.errors import UserError
 from ulrl.files import check_output, find_input, home, whole_file
 from ulrl.options import option
 from ulrl.record import find_record
 from ulrl.registry import nearest
 from ulrl.report import plots
-from ulrl.report.frame import KEYS, export_frame, frame_of_runs, select
+from ulrl.report.frame import KEYS, export_frame, frame_of_runs, harmless_cells, select
 from ulrl.report.page import write_report
 from ulrl.report.pooling import in_order, summarise
 from ulrl.report.results import find_runs, load_ranking
@@ -57,7 +57,7 @@ def results(argv: Sequence[str]) -> None:
         export_frame(frame, Path(options.export))
     match options.format:
         case "csv":
-            print(summary.to_csv(index=False), end="")
+            print(harmless_cells(summary).to_csv(index=False), end="")
         case "markdown":
             print(summary_markdown(summary), end="")
         case "latex":
@@ -94,6 +94,10 @@ class PlotOptions:
     out: str = option("", "the figure's file: .pdf, .svg or .png", source="user")
     where: str | None = option(None, f"asr-acc, heatmap: only runs with key=value; keys: {', '.join(KEYS)}")
     metric: str = option("asr", "heatmap: the figure shown", choices=("asr", "ra", "acc", "der"))
+    style: str = option(
+        "screen", "paper: a column's width of 3.3 inches, no title, no text below 7 points; name a .pdf",
+        choices=("screen", "paper"),
+    )  # fmt: skip
     samples: int = option(1000, "tsne: clean test images, and a fifth as many triggered ones", low=20)
     dataset_path: str = option("./data", "tsne: folder that holds <dataset>/", source="BackdoorBench")
     device: str = option("auto", "tsne: auto, cpu, cuda or cuda:N")
@@ -108,21 +112,21 @@ def plot(argv: Sequence[str]) -> None:
     options = plain_options(PlotOptions, argv, f"ulrl plot {figure} [FOLDER]", "Draw a figure for a paper.")
     out = Path(options.out)
     check_output(out, "--out", (".pdf", ".svg", ".png"))
-    format = out.suffix[1:]
+    format, paper = out.suffix[1:], options.style == "paper"
     with whole_file(out) as partial:
         match figure:
             case "ranking":
-                plots.neuron_ranking(partial, *load_ranking(root), format)
+                plots.neuron_ranking(partial, *load_ranking(root), format, paper)
             case "tsne":
                 plots.tsne(partial, *penultimate_features(root, options.dataset_path, options.device, options.samples),
-                           format)  # fmt: skip
+                           format, paper)  # fmt: skip
             case _:
                 frame = _runs_below(root, options.where)
                 if figure == "heatmap":
-                    plots.heatmap(partial, frame, options.metric, format)
+                    plots.heatmap(partial, frame, options.metric, format, paper)
                 else:
-                    plots.asr_against_acc(partial, frame, format)
-    print(out)
+                    plots.asr_against_acc(partial, frame, format, paper)
+    print_path(out)
 
 
 def _runs_below(root: Path, where: str | None) -> pd.DataFrame:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from ulrl.errors import UserError
+from ulrl.errors import LineFormatter, UserError, one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,10 +45,15 @@ def print_table(table: RenderableType) -> None:
     Console(file=sys.stdout, width=width).print(table)
 
 
+def print_path(path: str | os.PathLike[str]) -> None:
+    """Where something was written, or another text of a line."""
+    print(one_line(str(path)))
+
+
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
     try:
-        with _console_log():
+        with _console_log(), _sigterm_as_ctrl_c():
             command()
             sys.stdout.flush()
     except UserError as error:
@@ -57,7 +63,7 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
+        if error.errno is None:
             raise
         where = f" {error.filename}" if error.filename else ""
         _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)
@@ -65,7 +71,7 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"ulrl: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ulrl: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -74,10 +80,23 @@ def _console_log() -> Iterator[None]:
     """Show the library's log on stderr, one plain line per entry."""
     logger = logging.getLogger("ulrl")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(LineFormatter("%(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a job scheduler or `kill` sends ends a run as cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

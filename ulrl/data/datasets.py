@@ -134,7 +134,7 @@ def _mnist_like(class_name: str, *elsewhere: Path) -> Callable[[Path], tuple[Spl
 def _fashion_scenes(folder: Path) -> tuple[Split, Split]:
     """Fashion-MNIST's garments, read from where `fashion_mnist` lies, over photographs."""
     (a, y), (b, z) = _READERS["fashion_mnist"](folder.parent / "fashion_mnist")
-    return (cached_scenes(a, 0, folder, test=False), y), (cached_scenes(b, 1, folder, test=True), z)
+    return (cached_scenes(a, 0, test=False), y), (cached_scenes(b, 1, test=True), z)
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:

@@ -6,6 +6,7 @@ The samples come in the order that BackdoorBench gives them, because a record na
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,13 @@ from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT
 from ulrl.seeds import generator
+from ulrl.untrusted.opening import read_text
 
 Splits = tuple[list[Sample], list[Sample]]
 
 GTSRB_CLASSES = 43
 TINY_CLASSES = 200
+DEEPEST = 50  # folders inside one another
 TINY_ARCHIVE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
@@ -59,11 +62,8 @@ def gtsrb(folder: Path) -> Splits:
 def _gtsrb_csv(file: Path, images: Path) -> list[Sample]:
     """The rows of a csv, `;` between: the file's name first, its class in the eighth column, a line of names above."""
     try:
-        with open(file, newline="", encoding="ascii") as text:
-            rows = [row for row in csv.reader(text, delimiter=";") if row][1:]
+        rows = [row for row in csv.reader(io.StringIO(read_text(file), newline=""), delimiter=";") if row][1:]
         samples = [(f"{images}/{row[0]}", int(row[7])) for row in rows]
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); lay GTSRB out again") from None
     except (ValueError, IndexError, csv.Error):
         raise UserError(f"{file} is damaged; lay GTSRB out again") from None
     fits = all(re.fullmatch(r"[\w-]+\.ppm", row[0]) for row in rows)
@@ -88,7 +88,7 @@ def tiny(folder: Path) -> Splits:
     if len(classes) != TINY_CLASSES:
         raise UserError(f"{base / 'train'} holds {len(classes)} classes, not {TINY_CLASSES}; unpack it again")
     val = base / "val"
-    annotated = (val / "val_annotations.txt").is_file()
+    annotated = (val / "val_annotations.txt").exists()
     test = _tiny_annotations(val / "val_annotations.txt", classes) if annotated else by_class(val, classes)
     return by_class(base / "train", classes), test
 
@@ -97,9 +97,9 @@ def _tiny_annotations(file: Path, classes: Sequence[str]) -> list[Sample]:
     """Lines of image, class and box, with tabs between; in the order of `val/` sorted into a folder per class."""
     labels = {name: label for label, name in enumerate(classes)}
     try:
-        rows = [line.split("\t") for line in file.read_text(encoding="ascii").splitlines()]
+        rows = [line.split("\t") for line in read_text(file).splitlines()]
         named = [(labels[row[1]], row[0]) for row in rows]
-    except (OSError, ValueError, IndexError, KeyError):
+    except (ValueError, IndexError, KeyError):
         named = []
     if not named or not all(re.fullmatch(r"\w+\.JPEG", name) for _, name in named):
         raise UserError(f"{file} is damaged: each line must name an image and one of the classes; unpack it again")
@@ -205,12 +205,14 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
-def _images(folder: Path | str) -> Iterator[str]:
+def _images(folder: Path | str, depth: int = 0) -> Iterator[str]:
     """The images in a folder and, after them, in its subfolders, by name."""
+    if depth > DEEPEST:
+        raise UserError(f"{folder} lies {depth} folders deep in its class; lay the images out flatter")
     if os.path.isdir(folder):
         for entry in sorted(_entries(folder), key=lambda e: (e.is_dir(), e.name)):
             if entry.is_dir(follow_symlinks=False):  # a link could lead round in a circle
-                yield from _images(entry.path)
+                yield from _images(entry.path, depth + 1)
             elif entry.name.lower().endswith(SUFFIXES):
                 yield entry.path
 

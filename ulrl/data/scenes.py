@@ -9,7 +9,6 @@ Everything is integer arithmetic on raw PCG64 words, so the bytes are the same o
 from __future__ import annotations
 
 import importlib.util
-import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ulrl.data.cache import cached_array
 from ulrl.errors import UserError
-from ulrl.files import whole_file
-
-log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
@@ -28,7 +25,7 @@ SIZE = 32
 GARMENT = 28
 CROPS = (SIZE, 128)  # side of the square that is shrunk to SIZE
 BLOCK = 1000  # garments at a time
-CACHE = ".ulrl_cache"
+RECIPE = 1  # to be raised with whatever changes a scene
 
 PHOTOGRAPHS = {
     "skimage": (
@@ -58,26 +55,13 @@ def scenes(garments: Array, seed: int, *, test: bool) -> Array:
     return made
 
 
-def cached_scenes(garments: Array, seed: int, folder: Path, *, test: bool) -> Array:
-    """`scenes`, made once: from then on mapped (copy on write) from `.ulrl_cache` in `folder`, where that can be
-    written. The name of the file changes with the garments."""
-    part = "test" if test else "train"
-    cache = folder / CACHE / f"{part}_{seed}_{zlib.crc32(garments.data):08x}_{len(garments)}.npy"
-    shape = (len(garments), SIZE, SIZE, 3)
-    try:
-        mapped = np.lib.format.open_memmap(cache, mode="c")
-        if mapped.shape == shape and mapped.dtype == np.uint8:
-            return mapped
-    except (OSError, ValueError):
-        pass
-    made = scenes(garments, seed, test=test)
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(cache) as partial, open(partial, "wb") as file:
-            np.save(file, made)
-    except OSError as error:
-        log.warning("no cache in %s (%s): the scenes are made at every start", cache.parent, error.strerror)
-    return made
+def cached_scenes(garments: Array, seed: int, *, test: bool) -> Array:
+    """All `scenes` of the garments, uint8 [N, 32, 32, 3], made once and kept in the user's cache folder."""
+    stamp = f"{RECIPE:02x}{seed:04x}{len(garments):06x}{zlib.crc32(garments.data):08x}"
+    return cached_array(
+        f"fashion_scenes_{'test' if test else 'train'}", stamp, (len(garments), SIZE, SIZE, 3),
+        lambda: [scenes(garments, seed, test=test)], f"laying {len(garments)} garments over photographs",
+    )  # fmt: skip
 
 
 def _photographs() -> list[Array]:

@@ -41,6 +41,9 @@ class ANP(MaskPruning):
        under the noise.
     3. After `nb_iter` steps, prune: the scale of the channels whose mask is at most a threshold becomes 0.
 
+    The noise never leaves its bound, as the paper says. BackdoorBench does not cut it back after the step, so that it
+    reaches twice `anp_eps` there, and a mask of 0.2 is the work of more noise.
+
     The threshold is the greatest at which validation accuracy holds, or `pruning_number` (the paper's is
     0.2). BackdoorBench takes the one with the lowest ASR on the test set, which no defender knows.
     """

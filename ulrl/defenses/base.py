@@ -46,7 +46,7 @@ class Defense:
 
     batch_size: int = option(128, "clean images per step", source="ULRL release", low=2)
     amp: bool = option(True, "bf16 autocast where the device has it", source="ULRL release")
-    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0)
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
         """Called before any work: say why the method cannot repair such a model. Arguments as of `run`.
@@ -62,9 +62,9 @@ class Defense:
         """
         raise NotImplementedError
 
-    def batches(self, clean: ImageSet, stream: str) -> Batches:
-        """Shuffled and augmented batches of the clean samples, drawn from the named stream."""
-        return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device))
+    def batches(self, clean: ImageSet, stream: str, *, augmented: bool = True) -> Batches:
+        """Shuffled and, unless told otherwise, augmented batches of the clean samples, drawn from the named stream."""
+        return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device), augmented=augmented)
 
 
 DEFENSES: Registry[Defense] = Registry("defense", "ulrl.defenses")

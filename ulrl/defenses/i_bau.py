@@ -15,7 +15,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.perturbation import pixel
 from ulrl.errors import UserError
-from ulrl.machine import autocast
+from ulrl.machine import autocast, whole_float32
 from ulrl.options import option
 from ulrl.training import Monitor
 
@@ -35,8 +35,8 @@ class IBAU(Defense):
 
     As in the paper the perturbation is bounded in L2; the release has no bound. The paper writes step 2
     with every image perturbed, which (measured) ruins clean accuracy within a round; as in the release
-    only a share of each batch is. BatchNorm stays in eval mode. Second derivatives are taken in fp32,
-    whatever `amp`.
+    only a share of each batch is. BatchNorm stays in eval mode. Second derivatives are taken in fp32
+    (not TF32), whatever `amp`.
     """
 
     ignored: ClassVar[tuple[str, ...]] = (
@@ -74,7 +74,7 @@ class IBAU(Defense):
                 count = 0
                 for x, y in batches:
                     some = max(1, round(self.portion * len(y)))  # the batch is shuffled, so these are random ones
-                    with sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
+                    with whole_float32(), sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
                         logits = model(torch.cat([x[:some] + delta * scale, x[some:]]))
                         loss = F.cross_entropy(logits, y)
                         inner = _inner(model(x + delta * scale), y, delta)

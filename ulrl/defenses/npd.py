@@ -37,7 +37,8 @@ class NPD(Defense):
     Per batch: a perturbation within L2 `trigger_norm` (pixels in [0, 1]) towards each image's second most
     likely class, in `inner_steps` signed steps that end where 60 % of the batch is fooled; then one step of
     the polarizer down lmd1 * clean loss + lmd2 * loss of the attacked images under the class of the clean
-    ones + lmd3, lmd4 * probability of their most likely wrong class, of the attack's target.
+    ones + lmd3, lmd4 * probability of their most likely wrong class, of the attack's target. As in the release the
+    clean samples are not augmented, and the rate is constant.
 
     The paper puts the polarizer before a convolution with padding, from where its shift cannot be folded into the
     model: at the borders the padding has none. Here it stands behind that convolution, before the BatchNorm
@@ -93,8 +94,8 @@ class NPD(Defense):
             try:
                 optimizer = torch.optim.SGD(plug.parameters(), self.lr, self.sgd_momentum, weight_decay=self.wd)
                 fit(
-                    model, self.batches(clean, "polarize"), self.epochs, optimizer,
-                    make_scheduler(optimizer, "CosineAnnealingLR", self.epochs), monitor, "polarize",
+                    model, self.batches(clean, "polarize", augmented=False), self.epochs, optimizer,
+                    make_scheduler(optimizer, "constant", self.epochs), monitor, "polarize",
                     amp=self.amp, objective=objective,
                 )  # fmt: skip
                 model.eval()

@@ -29,7 +29,7 @@ class SAU(Defense):
        model still gives the class that the backdoored one was misled into.
 
     The defaults are the paper's, as its author put them into BackdoorBench: BatchNorm's statistics stay as
-    they are, and the last round is kept.
+    they are, the clean samples are not augmented, and the last round is kept.
     """
 
     ignored: ClassVar[tuple[str, ...]] = (
@@ -70,7 +70,7 @@ class SAU(Defense):
         with still(reference):
             optimizer = torch.optim.Adam(model.parameters(), self.lr)
             fit(
-                model, self.batches(clean, "unlearn"), self.n_rounds, optimizer,
+                model, self.batches(clean, "unlearn", augmented=False), self.n_rounds, optimizer,
                 make_scheduler(optimizer, "constant", self.n_rounds), monitor, "unlearn",
                 amp=self.amp, objective=objective,
             )  # fmt: skip

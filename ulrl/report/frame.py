@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ulrl.errors import UserError
+from ulrl.errors import UserError, csv_cell
 from ulrl.files import whole_file
 from ulrl.registry import nearest
 from ulrl.report.results import Run
@@ -68,6 +68,10 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
     frame = pd.DataFrame(rows, columns=columns)
     numbers = {k: "float64" for k in (*FIGURES, "pratio", "ratio", "clean_samples")}
     frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean"})
+    return _with_repeats(frame)
+
+
+def _with_repeats(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(repeat=frame.duplicated(["defense", "settings", "origin", "seed"]))
 
 
@@ -97,7 +101,7 @@ def select(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
                 raise UserError(f"--where {key}={value}: {value!r} is not a number") from None
         else:
             frame = frame[column == value]
-    return frame
+    return _with_repeats(frame)  # what it repeats may have gone
 
 
 def known_key(name: str, flag: str) -> str:
@@ -116,7 +120,7 @@ def export_frame(frame: pd.DataFrame, path: Path) -> None:
         raise UserError(f"--export {path}: the name must end in .parquet or .csv")
     with whole_file(path) as partial:
         if path.suffix == ".csv":
-            frame.to_csv(partial)
+            harmless_cells(frame).to_csv(partial)
         else:
             frame.to_parquet(partial)
 
@@ -125,3 +129,9 @@ def _settings(options: Mapping[str, Any]) -> str:
     """What was run, whatever its seed: the same text for the same options; what is None may as well be absent."""
     kept = {name: value for name, value in options.items() if name not in _NO_SETTING and value is not None}
     return json.dumps(kept, sort_keys=True)
+
+
+def harmless_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for a CSV file: a text that a spreadsheet would take for a formula is marked as text."""
+    texts = table.map(lambda cell: csv_cell(cell) if isinstance(cell, str) else cell)
+    return texts.rename(index=lambda name: csv_cell(name) if isinstance(name, str) else name)

@@ -7,6 +7,7 @@ writes text. A content security policy lets no other script run.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -76,7 +77,7 @@ def render(runs: list[Run], left_out: list[str], root: Path) -> str:
     previews, thumbnails = _pictures(runs)
     return environment.get_template("report.html").render(
         style=Markup(_read("report.css")),
-        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        vega=Markup(_vega()),
         script=Markup(f'"use strict";\n(() => {{\n{script}}})();\n'),
         hash=lambda part: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode(),
         rows=_rows(frame, runs, root),
@@ -144,15 +145,15 @@ def _details(run: Run) -> dict[str, Any]:
 
 
 def _neurons(run: Run) -> list[dict[str, Any]] | None:
-    """Class, signed robust z and mark of the classes with the highest z."""
+    """Class, signed robust z and mark of the classes with the highest z; the true target is named."""
     table, names = neurons_of(run), class_names(run)
     if table is None:
         return None
-    signed = signed_z(table)
+    signed, target = signed_z(table), run.result.get("target")
     return [
-        {"name": f"{k} {names[k]}" if 0 <= k < len(names) else str(k), "z": _short(signed[k]),
-         "flagged": bool(table.flagged[k])}
-        for k in highest(signed)
+        {"name": (f"{k} {names[k]}" if 0 <= k < len(names) else str(k)) + ", true target" * (k == target),
+         "z": _short(signed[k]), "flagged": bool(table.flagged[k])}
+        for k in highest(signed, target)
     ]  # fmt: skip
 
 
@@ -216,6 +217,11 @@ def _id(name: str) -> str:
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+@functools.cache
+def _vega() -> str:
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _read(name: str) -> str:

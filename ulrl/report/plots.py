@@ -1,4 +1,7 @@
-"""The pictures of one run, and figures for papers. Drawn without pyplot: no window system, no global state."""
+"""The pictures of one run, and figures for papers. Drawn without pyplot: no window system, no global state.
+
+paper: for a column of a paper: 3.3 inches wide, no title, and no text below 7 points.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from ulrl.errors import UserError
 from ulrl.report.frame import NO_DEFENSE
+from ulrl.report.looks import BLUE, GREY, ORANGE, PALETTE, SHAPES, looks_of
+from ulrl.report.pooling import in_order, summarise
 from ulrl.report.results import printable
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
-PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "os^Dv<>"
+MARKERS = tuple(SHAPES.values())
+PAPER_WIDTH, PAPER_FONT = 3.3, 7.0  # inches, the width of a column; points, what is still read in print
 
 
-def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles: Sequence[str]) -> None:
+def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles: Sequence[str], title: str) -> None:
     """Eight columns of clean image, poisoned image and their difference, amplified to the full range.
 
-    clean, poisoned: uint8 [8, C, H, W], C 1 or 3; titles: a text over each column.
+    clean, poisoned: uint8 [8, C, H, W], C 1 or 3; titles: a text over each column; title: one over all.
     """
     difference = np.abs(poisoned.astype(float) - clean)
     peak = difference.max()
@@ -34,7 +39,7 @@ def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles:
         "poisoned": poisoned,
         f"difference\n(times {255 / peak if peak else 0:.1f})": amplified,
     }
-    figure = Figure(figsize=(1.25 * len(clean) + 1, 4.3), layout="constrained")
+    figure = Figure(figsize=(1.25 * len(clean) + 1, 4.6), layout="constrained")
     axes = figure.subplots(3, len(clean), squeeze=False)
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
@@ -43,9 +48,10 @@ def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles:
             ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
             ax.set_xticks([])
             ax.set_yticks([])
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
+    for ax, text in zip(axes[0], titles, strict=True):
+        ax.set_title(text, fontsize=8)
+    figure.suptitle(_plain(title), fontsize=11)
+    _save(figure, path)
 
 
 def signed_z(neurons: pd.DataFrame) -> pd.Series:
@@ -53,37 +59,45 @@ def signed_z(neurons: pd.DataFrame) -> pd.Series:
     return neurons.z.where(neurons.change >= neurons.change.median(), -neurons.z)
 
 
-def highest(signed: pd.Series) -> pd.Index:
-    """The classes to show, at most 40, the highest z first."""
-    return signed.sort_values(ascending=False).index[:40]
+def highest(signed: pd.Series, target: int | None, count: int = 40) -> list[int]:
+    """The classes to show, the highest z first: at most `count`, and the true target wherever it is."""
+    order = signed.sort_values(ascending=False).index.tolist()
+    return order[:count] + [k for k in order[count:] if k == target]
 
 
 def neuron_ranking(
-    path: Path, neurons: pd.DataFrame, threshold: float, class_names: Sequence[str], format: str = "png"
-) -> None:
-    """Bars of each class's robust z (negative below the median), the threshold, flagged ones marked.
+    path: Path, neurons: pd.DataFrame, threshold: float, class_names: Sequence[str], target: int | None,
+    format: str = "png", paper: bool = False,
+) -> None:  # fmt: skip
+    """Bars of each class's robust z (negative below the median), the flagged and the true target marked; the threshold.
 
-    neurons: index class; columns change (L1 weight change), z, flagged.
+    neurons: index class; columns change (L1 weight change), z, flagged. target: None where it is not one, or not known.
     """
     signed = signed_z(neurons)
-    order = highest(signed)
+    order = highest(signed, target, 15 if paper else 40)
     named = [f"{k} {class_names[k]}" if class_names else str(k) for k in order]
-    figure = Figure(figsize=(max(6.0, 0.32 * len(order) + 2), 3.8), layout="constrained")
+    size = (PAPER_WIDTH, 2.3) if paper else (max(6.0, 0.32 * len(order) + 2), 3.8)
+    figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
-    flagged = neurons.flagged[order]
-    ax.bar(range(len(order)), signed[order], color=[ORANGE if mark else BLUE for mark in flagged])
-    for x, (z, mark) in enumerate(zip(signed[order], flagged, strict=True)):
-        if mark:
-            ax.annotate("flagged", (x, z), ha="center", va="bottom", fontsize=8, color=ORANGE)
-    ax.axhline(threshold, color=GREY, linestyle="--", linewidth=1)
-    ax.annotate(f"threshold {threshold:g}", (len(order) - 0.5, threshold), ha="right", va="bottom", fontsize=8)
+    for words, colour, own in (("flagged", ORANGE, True), ("not flagged", BLUE, False)):
+        places = [x for x, k in enumerate(order) if neurons.flagged[k] == own]
+        if places:
+            ax.bar(places, [signed[order[x]] for x in places], color=colour, label=words)
+    if target in order:
+        at = order.index(target)
+        ax.bar(at, signed[target], facecolor="none", edgecolor="black", linewidth=1.4, label="true target")
+    ax.axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     ax.margins(y=0.12)
     ax.set_ylabel("robust z of the weight change")
-    ax.set_title("Change of each class's row of the head in unlearning" + (", highest 40" if len(neurons) > 40 else ""))
+    ax.legend(fontsize=8, frameon=False)
+    if not paper:
+        ax.set_title("Change of each class's row of the head in unlearning")
+    if len(order) < len(neurons):
+        ax.set_xlabel(f"class, highest {len(order)} of {len(neurons)}")
     turn, end = (50, "right") if len(order) > 12 or class_names else (0, "center")
     ax.set_xticks(range(len(order)), named, rotation=turn, ha=end, rotation_mode="anchor")
     ax.spines[["top", "right"]].set_visible(False)
-    _save(figure, path, format)
+    _save(figure, path, format, paper)
 
 
 def acc_asr(path: Path, history: pd.DataFrame, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
@@ -97,79 +111,117 @@ def acc_asr(path: Path, history: pd.DataFrame, before: Mapping[str, Any], after:
     axes: Sequence[Axes] = figure.subplots(1, 2 if len(judged) else 1, squeeze=False)[0]
     names = [n for n in ("acc", "asr", "ra") if before[n] is not None]
     for offset, (title, figures, colour) in enumerate((("before", before, GREY), ("after", after, BLUE))):
-        heights = [figures[n] or 0.0 for n in names]
+        heights = [100 * (figures[n] or 0.0) for n in names]
         bars = axes[0].bar([i + 0.4 * offset for i in range(len(names))], heights, 0.38, color=colour, label=title)
-        axes[0].bar_label(bars, [f"{h:.1%}" for h in heights], fontsize=8, padding=2)
+        axes[0].bar_label(bars, [f"{h:.1f}" for h in heights], fontsize=8, padding=2)
     axes[0].set_xticks([i + 0.2 for i in range(len(names))], [n.upper() for n in names])
-    axes[0].set_ylim(0, 1.12)
+    axes[0].set_ylim(0, 115)
+    axes[0].set_ylabel("%")
     axes[0].legend(loc="upper right", ncols=2, fontsize=8)
     if len(judged):
         steps = range(len(judged))
         for name, colour, style in (("acc", BLUE, "-"), ("asr", ORANGE, "--"), ("ra", GREY, ":")):
             if f"test_{name}" in judged and judged[f"test_{name}"].notna().any():
-                axes[1].plot(steps, judged[f"test_{name}"], style, color=colour, label=name.upper(), marker=".")
+                axes[1].plot(steps, 100 * judged[f"test_{name}"], style, color=colour, label=name.upper(), marker=".")
         labels = [f"{stage} {epoch}" for stage, epoch in zip(judged.stage, judged.epoch, strict=True)]
         every = max(1, len(labels) // 10)
         axes[1].set_xticks(list(steps)[::every], labels[::every], rotation=45, ha="right", fontsize=8)
-        axes[1].set_ylim(-0.03, 1.03)
+        axes[1].set_ylim(-3, 103)
+        axes[1].set_ylabel("% of the test images")
         axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=110, format="png")
+    _save(figure, path)
 
 
-def asr_against_acc(path: Path, runs: pd.DataFrame, format: str) -> None:
-    """Each run a point, each defense a colour and a shape; the best are at the upper left.
+def asr_against_acc(path: Path, runs: pd.DataFrame, format: str, paper: bool = False) -> None:
+    """Each run a point, each defense its look; the best are at the upper left.
 
-    runs: as `frame_of` makes it; runs without an ASR, and what the test set chose, are left out.
+    runs: as `frame_of` makes it; left out are runs without an ASR, what the test set chose, what another run repeats,
+    and records whose backdoor did not take.
+
+    Raises:
+        UserError: none is left.
     """
-    runs = runs[~runs.oracle].dropna(subset=["acc", "asr"])
-    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
-    ax = figure.subplots()
-    names = defenses_of(runs)
-    for i, name in enumerate(names, start=-(NO_DEFENSE in names)):  # the report gives each the same colour
-        own = runs[runs.defense == name]
-        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[(i + i // len(PALETTE)) % len(MARKERS)]
-        if name == NO_DEFENSE:
-            colour, marker = GREY, "P"
-        ax.scatter(
-            100 * own.asr, 100 * own.acc, s=26, c=colour, marker=marker, alpha=0.85, linewidths=0, label=_plain(name)
+    failed = runs.took.eq(False).fillna(False).astype(bool)
+    runs = runs[~(runs.oracle | runs.repeat | failed)].dropna(subset=["acc", "asr"])
+    if runs.empty:
+        raise UserError(
+            "there is no run to draw: each lacks an ASR, or is an oracle's, or of a backdoor that did not take"
         )
+    names = sorted(runs.defense.unique(), key=lambda name: (name != NO_DEFENSE, name))
+    columns = 3 if paper else 5
+    height = 2.4 + 0.14 * -(-len(names) // columns) if paper else 3.9
+    figure = Figure(figsize=(PAPER_WIDTH if paper else 5.2, height), layout="constrained")
+    ax = figure.subplots()
+    looks = looks_of(names)
+    for name in names:
+        own, look = runs[runs.defense == name], looks[name]
+        ax.scatter(
+            100 * own.asr, 100 * own.acc, s=14 if paper else 26, c=look.colour, marker=look.marker, alpha=0.85,
+            linewidths=0, label=_plain(name),
+        )  # fmt: skip
     ax.set_xlabel("ASR %, lower is better")
     ax.set_ylabel("ACC %, higher is better")
     ax.set_xlim(-3, 103)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False, columnspacing=1, handletextpad=0.2)
-    _save(figure, path, format)
+    figure.legend(
+        loc="outside lower center", ncols=columns, fontsize=8, frameon=False, columnspacing=1, handletextpad=0.2
+    )
+    _save(figure, path, format, paper)
 
 
-def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str) -> None:
-    """Attack by defense, the mean of `metric` (acc, asr, ra or der) in percent; hatched where there is no run."""
-    runs = runs[~runs.oracle]
-    table = runs.assign(attack=runs.attack.fillna("?")).pivot_table(metric, "attack", "defense", dropna=False)
-    table = table.reindex(columns=defenses_of(runs))
-    figure = Figure(figsize=(1.6 + 0.62 * len(table.columns), 1.2 + 0.34 * len(table)), layout="constrained")
+def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str, paper: bool = False) -> None:
+    """Attack by defense, the mean of `metric` (acc, asr, ra or der) in percent; hatched where there is no run.
+
+    What has other options is a row or a column of its own. For a paper the longer side stands.
+
+    Raises:
+        UserError: no run but an oracle's.
+    """
+    if runs.oracle.all():
+        raise UserError("there is no run to draw: what the test set chose is no defense's own figure")
+    lines = in_order(summarise(runs[~runs.oracle], "dataset,model,attack,defense"))
+    several = [key for key in ("dataset", "model") if lines[key].nunique() > 1]
+    rows = lines.attack.fillna("?") + [_beside(line, [*several, "record_variant"]) for _, line in lines.iterrows()]
+    columns = lines.defense + [_beside(line, ["variant"], failed=False) for _, line in lines.iterrows()]
+    table = lines.assign(row=rows, column=columns).pivot_table(
+        f"{metric}_mean", "row", "column", dropna=False, sort=False, observed=True
+    )
+    table = table[sorted(table.columns, key=lambda name: (name != NO_DEFENSE, name))]
+    if paper and len(table.columns) > len(table):
+        table = table.T
+    across, down = len(table.columns), len(table)
+    size = (PAPER_WIDTH, 0.9 + 0.17 * down) if paper else (1.6 + 0.62 * across, 1.2 + 0.34 * down)
+    figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
     ax.set_facecolor("white")
     ax.patch.set(hatch="////", edgecolor="#cccccc", linewidth=0)
     # A mesh keeps its edges at any size, where an image would be resampled.
     mesh = ax.pcolormesh(100 * table, cmap="cividis", vmin=0, vmax=100, edgecolors="white", linewidth=1)
+    places = 0 if paper else 1  # in a column's cells three digits find room, and beyond 10 columns none
     for (i, j), value in np.ndenumerate(100 * table.to_numpy()):
-        if not np.isnan(value):
+        if not np.isnan(value) and not (paper and across > 10):
             colour = "black" if value > 50 else "white"
-            ax.text(j + 0.5, i + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
-    ticks = np.arange(len(table.columns)) + 0.5
+            ax.text(j + 0.5, i + 0.5, f"{value:.{places}f}", ha="center", va="center", fontsize=7, color=colour)
+    ticks = np.arange(across) + 0.5
     ax.set_xticks(ticks, map(_plain, table.columns), rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-    ax.set_yticks(np.arange(len(table)) + 0.5, map(_plain, table.index), fontsize=8)
+    ax.set_yticks(np.arange(down) + 0.5, map(_plain, table.index), fontsize=8)
     ax.tick_params(length=0)
     ax.invert_yaxis()
-    bar = figure.colorbar(mesh, ax=ax, label=f"{metric.upper()} %", shrink=0.8)
+    bar = figure.colorbar(mesh, ax=ax, label=f"{metric.upper()} %", shrink=0.8, pad=0.02, aspect=30 if paper else 20)
     bar.solids.set(rasterized=False, edgecolor="face")  # type: ignore[union-attr]
-    _save(figure, path, format)
+    _save(figure, path, format, paper)
+
+
+def _beside(line: pd.Series, columns: Sequence[str], failed: bool = True) -> str:
+    """What sets a row or a column of the heat map apart, in brackets."""
+    words = [str(line[column]) for column in columns if line[column]] + ["did not take"] * (failed and line.failed)
+    return f" ({', '.join(words)})" if words else ""
 
 
 def tsne(path: Path, features: Mapping[str, np.ndarray], groups: np.ndarray, class_names: Sequence[str], format: str,
-         seed: int = 0) -> None:  # fmt: skip
+         paper: bool = False, seed: int = 0) -> None:  # fmt: skip
     """t-SNE of the same samples' features in several models, one panel each.
 
     features: by the panel's title, float [N, D]. groups: int64 [N], the class of a clean sample, -1 for a
@@ -177,7 +229,8 @@ def tsne(path: Path, features: Mapping[str, np.ndarray], groups: np.ndarray, cla
     """
     from sklearn.manifold import TSNE  # a second to import, which no other figure needs
 
-    figure = Figure(figsize=(4.2 * len(features), 4.6), layout="constrained")
+    width = PAPER_WIDTH / len(features) if paper else 4.2
+    figure = Figure(figsize=(width * len(features), 1.15 * width + 0.4), layout="constrained")
     axes = figure.subplots(1, len(features), squeeze=False)[0]
     perplexity = min(30.0, (len(groups) - 1) / 3)
     classes = [k for k in np.unique(groups) if k >= 0]
@@ -187,19 +240,28 @@ def tsne(path: Path, features: Mapping[str, np.ndarray], groups: np.ndarray, cla
             mine = at[groups == k]
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[(i // len(PALETTE)) % len(MARKERS)]
             name = class_names[k] if class_names else str(k)
-            ax.scatter(*mine.T, s=9, c=colour, marker=marker, alpha=0.7, linewidths=0, label=name, zorder=1)
-        ax.scatter(*at[groups < 0].T, s=14, c="black", marker="x", linewidths=0.7, label="triggered", zorder=2)
-        ax.set_title(title, fontsize=10)
+            ax.scatter(
+                *mine.T, s=4 if paper else 9, c=colour, marker=marker, alpha=0.7, linewidths=0, label=name, zorder=1
+            )
+        ax.scatter(
+            *at[groups < 0].T, s=6 if paper else 14, c="black", marker="x", linewidths=0.7, label="triggered", zorder=2
+        )
+        ax.set_title(title, fontsize=10)  # which model it is, so it stays in a paper
         ax.set_xticks([])
         ax.set_yticks([])
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize=8, frameon=False, markerscale=1.8)
-    _save(figure, path, format)
-
-
-def defenses_of(runs: pd.DataFrame) -> list[str]:
-    """The defenses of some runs by name; what was not defended comes first."""
-    return sorted(runs.defense.unique(), key=lambda name: (name != NO_DEFENSE, name))
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=4 if paper else 6,
+        fontsize=8,
+        frameon=False,
+        markerscale=1.8,
+        columnspacing=1,
+        handletextpad=0.2,
+    )
+    _save(figure, path, format, paper)
 
 
 def _plain(text: str) -> str:
@@ -207,6 +269,9 @@ def _plain(text: str) -> str:
     return " " * text.startswith("_") + printable(text).replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path, format: str) -> None:
+def _save(figure: Figure, path: Path, format: str = "png", paper: bool = False) -> None:
+    if paper:
+        for text in figure.findobj(Text):
+            text.set_fontsize(PAPER_FONT)
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
-        figure.savefig(path, dpi=110 if format == "png" else 300, format=format)
+        figure.savefig(path, dpi=300 if paper or format != "png" else 110, format=format)

@@ -176,7 +176,8 @@ def _coverage(lines: pd.DataFrame, where: str) -> str:
     """On how many of its records a block was ranked, where that is not all for all."""
     ranked, out = lines[lines.ranked], lines[~lines.ranked]
     block = int(lines.block.max())
-    left = ", ".join(dict.fromkeys(out.defense))
+    named = zip(out.defense, out.variant, strict=True)
+    left = ", ".join(f"{defense} ({variant})" if variant else defense for defense, variant in named)
     if ranked.empty:
         return f"{where}not ranked: no record has all of {left}" if len(out) > 1 else ""
     shared = int(ranked.records.max())

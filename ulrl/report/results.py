@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from ulrl.data.datasets import SPECS
-from ulrl.errors import UserError
-from ulrl.untrusted.opening import real_path
+from ulrl.errors import UserError, one_line
+from ulrl.untrusted.opening import TEXT, real_path
+from ulrl.untrusted.texts import read_csv, read_json
 
 log = logging.getLogger(__name__)
-
-_LARGEST = 8 << 20  # bytes of a file that is read
+LARGEST = 1e15  # of a number: sums of such are numbers still
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def find_runs(root: Path) -> tuple[list[Run], list[str]]:
             try:
                 real_path(file, root.resolve())
                 runs.append(Run(file.parent, _checked(file)))
-            except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError) as error:
+            except (OSError, ValueError, TypeError, KeyError, UserError) as error:
                 left_out.append(f"{printable(str(file))}: {_why(error)}")
                 log.warning("left out: %s", left_out[-1])
     return runs, left_out
@@ -61,7 +59,7 @@ def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | Non
     """A CSV file of the run's folder with columns of these types, or None, and a warning, where it is not so."""
     file = run.folder / name
     try:
-        return pd.read_csv(file).astype(types) if may_show(file, run.folder) else None
+        return read_csv(file).astype(types) if may_show(file, run.folder) else None
     except Exception as error:  # whatever pandas makes of a stranger's bytes
         log.warning("%s is not shown: %s", printable(str(file)), _why(error))
         return None
@@ -82,8 +80,8 @@ def class_names(run: Run) -> tuple[str, ...]:
     return spec.class_names if spec else ()
 
 
-def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...]]:
-    """Neuron ranking, its threshold, and the classes' names of the run in `folder`.
+def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...], int | None]:
+    """Neuron ranking, its threshold, the classes' names, and the true target of the run in `folder`.
 
     Raises:
         UserError: no run there, or one without a ranking.
@@ -95,7 +93,7 @@ def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...]]:
         raise UserError(
             f"{folder} is not the folder of a defense that ranks neurons; name one, such as record/NAME/defense/ulrl"
         )
-    return table, threshold, class_names(run)
+    return table, threshold, class_names(run), run.result.get("target")
 
 
 def may_show(file: Path, folder: Path) -> bool:
@@ -103,12 +101,12 @@ def may_show(file: Path, folder: Path) -> bool:
     if file.parent != folder or not file.is_file():  # a method's name may hold slashes
         return False
     real_path(file, folder.resolve())
-    return file.stat().st_size <= _LARGEST
+    return file.stat().st_size <= TEXT
 
 
 def printable(text: str) -> str:
-    """A stranger's text for a terminal: what is not printable, such as an escape code, is spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """A stranger's text for a terminal, a table or a page: what is not printable is spelled out; 200 letters."""
+    return one_line(text, 200)
 
 
 def _why(error: Exception) -> str:
@@ -117,16 +115,25 @@ def _why(error: Exception) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
+def check_result(file: Path) -> dict[str, Any]:
+    """The content of a `result.json`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        return _checked(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({_why(error)}); remove its folder, and it is run again") from None
+
+
 def _checked(file: Path) -> dict[str, Any]:
     """A `result.json` whose every value that is read elsewhere has the right type.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError, RecursionError: it is not one.
+        UserError, ValueError, TypeError, KeyError: it is not one.
     """
-    if file.stat().st_size > _LARGEST:
-        raise ValueError(f"is larger than {_LARGEST} bytes")
-    r = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite)
-    json.dumps(r, ensure_ascii=False).encode()  # half a surrogate pair cannot be printed
+    r = read_json(file)
     _need(isinstance(r, dict) and r.get("kind") in ("attack", "defense"), "is of no known kind")
     for key in ("method", "record", "dataset", "model"):
         _need(isinstance(r[key], str), f"{key} is not a text")
@@ -141,6 +148,7 @@ def _checked(file: Path) -> dict[str, Any]:
     _need({"total", "judge"} <= set(r["seconds"]), "seconds lack total or judge")
     _need(all(_is_number(v) for v in r["seconds"].values()), "seconds are not numbers")
     _fraction(r["der"])
+    _need(r.get("target") is None or _is_count(r["target"]), "target is not a class")
     _need(
         r.get("took") in (True, False, None) and not _is_number(r.get("took")), "took is neither true, false nor null"
     )
@@ -163,18 +171,8 @@ def _fraction(value: Any) -> float | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _no_number(constant: str) -> float:
-    raise ValueError(f"{constant} is no number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    _need(math.isfinite(value), f"{text} is no number")
-    return value

@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from ulrl.metrics import TOOK
 from ulrl.record import Record
 from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of
 from ulrl.report.pooling import best_of, notes_of, summarise
@@ -44,6 +45,8 @@ def result_table(result: dict[str, Any]) -> RenderableType:
             about.append(f"{result['clean_samples']} clean samples")
         lines.add_row("DER %", _percent(result["der"]))
         lines.add_row("flagged", escape(printable(flagged_text(result["flagged"], result.get("target")))))
+    elif result["took"] is False:
+        lines.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%")
     lines.add_row("on", escape(printable(", ".join(about))))
     lines.add_row("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result["seconds"].items()))
     return Group(table, lines)

@@ -23,8 +23,8 @@ from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.files import home, save_torch, whole_folder
-from ulrl.machine import PeakMemory, environment, pick_device
-from ulrl.metrics import Judgement, perceptibility
+from ulrl.machine import PeakMemory, environment, pick_device, threads_for
+from ulrl.metrics import TOOK, Judgement, perceptibility, took
 from ulrl.models import build_model, load_model
 from ulrl.record import find_record
 from ulrl.record_writer import write_record
@@ -97,7 +97,12 @@ def run_attack(
     name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
-    with whole_folder(home() / "record" / name, overwrite=run.overwrite, keep=LEARNED) as folder, log_file(folder):
+    final, pixels = home() / "record" / name, spec.height * spec.width
+    with (
+        whole_folder(final, overwrite=run.overwrite, keep=LEARNED) as folder,
+        log_file(folder),
+        threads_for(pixels, device),
+    ):
         train, clean_test = load_dataset(run.dataset, run.dataset_path, run.img_size)
         n_train, kept = len(train), _training_subset(len(train), run)
         train, clean_test = (train.subset(kept) if len(kept) < n_train else train).to(device), clean_test.to(device)
@@ -133,6 +138,8 @@ def run_attack(
         if poisoned_train is None:
             poisoned_train = _poison_training_set(attack, train, chosen, covers)
         after = timed_judge(monitor, model, clean_test, poisoned_test, training.amp)
+        if after.asr is not None and not took(after):
+            log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * after.asr, 100 * TOOK)
 
         poisoned_train = replace(poisoned_train, original_indices=kept[poisoned_train.original_indices.cpu()])
         write_record(
@@ -157,7 +164,7 @@ def run_attack(
             "schema": 1, "kind": "attack", "method": attack.name, "record": name, "attack": attack.name,
             "dataset": run.dataset, "model": run.model, "options": options_of(attack, run, training),
             "seed": run.random_seed, "clean_samples": None, "after": asdict(after),
-            "der": None, "flagged": [], "seconds": stage_seconds(monitor, start),
+            "took": took(after), "der": None, "flagged": [], "seconds": stage_seconds(monitor, start),
             "peak_memory_mb": peak.mb(),
             "evidence": {
                 "poisoned": len(chosen), "covers": len(covers), "train_samples": len(train),
@@ -166,7 +173,7 @@ def run_attack(
             "environment": environment(device),
         }  # fmt: skip
         write_json(folder / "result.json", result)
-    return home() / "record" / name, result
+    return final, result
 
 
 def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar: bool = True) -> TriggerSample:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.errors import LineFormatter
 from ulrl.metrics import Judgement
 from ulrl.training import Monitor, judge
 
@@ -77,7 +78,7 @@ class _LogFile(logging.FileHandler):
 def log_file(folder: Path) -> Iterator[None]:
     """Copy what is logged inside the block to `<time>.log` in `folder`."""
     handler = _LogFile(folder / f"{datetime.now():%Y_%m_%d_%H_%M_%S}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("ulrl")
     logger.addHandler(handler)
     try:

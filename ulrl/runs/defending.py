@@ -19,7 +19,7 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
 from ulrl.files import find_input, whole_folder
-from ulrl.machine import PeakMemory, environment, pick_device
+from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import load_model
 from ulrl.record import Record
@@ -32,8 +32,11 @@ from ulrl.runs.common import (
     write_index,
     write_json,
 )
+from ulrl.runs.judgements import kept
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
+from ulrl.untrusted.opening import read_text
+from ulrl.untrusted.texts import read_json
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +90,14 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     monitor.seconds["load"] = time.perf_counter() - start
 
     defense.check(model, given)
-    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder):
+    pixels = spec.height * spec.width
+    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder), threads_for(pixels, device):
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
-        before = timed_judge(monitor, model, clean_test, poisoned_test, defense.amp)
+        before = kept(
+            lambda: timed_judge(monitor, model, clean_test, poisoned_test, defense.amp),
+            record.model_name, model, clean_test, poisoned_test, defense.amp,
+        )  # fmt: skip
         with global_stream(run.random_seed, "repair", device):  # dropout draws from torch's own generators
             repair = defense.run(model, given, monitor)
         after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
@@ -129,8 +136,8 @@ def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = T
     """
     folder = record.folder / "defense" / (run.save_folder_name or defense.name)
     if not run.overwrite:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # absent, or not one of ours
-            result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError, KeyError, TypeError):  # absent, or not one of ours
+            result: dict[str, Any] = read_json(folder / "result.json", record.folder.resolve())
             if result["options"] == json.loads(json.dumps(_options(defense, run))):
                 return folder, result
     return run_defense(defense, record, run, bar=bar)
@@ -165,8 +172,8 @@ def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
         return clean_subset(size, run.ratio, run.random_seed)
     file = find_input(run.index)
     try:
-        index = [int(word) for word in file.read_text().split()]
-    except (OSError, ValueError) as error:
+        index = [int(word) for word in read_text(file).split()]
+    except (UserError, ValueError) as error:
         raise UserError(f"--index {file}: not a readable list of whole numbers ({error})") from None
     if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
         raise UserError(f"--index {file}: give different indices, each from 0 to {size - 1}, at least one")

@@ -94,18 +94,17 @@ class RayEngine:
             job, cause = self._tasks.pop(task), ""
             try:
                 folder = self._ray.get(task)
-                if folder is None:
+                if folder is None:  # its node does not see our files
                     self._by_value = True
-                    self.start(job)
+                    self.start(job)  # with a claim, which is held until that task ends
                     continue
                 if folder:
                     with whole_folder(job.folder, overwrite=False) as partial:
                         _unpack(folder, partial)
             except self._ray.exceptions.RayError as error:
                 cause = " ".join(str(error).split()) + f" (after {RETRIES} retries)"
-            finally:
-                if job.name in self._claims and task not in self._tasks:
-                    self._claims.pop(job.name).close()
+            if job.name in self._claims:
+                self._claims.pop(job.name).close()
             ended.append((job, cause))
         return ended
 

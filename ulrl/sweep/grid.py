@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ OURS = ("save_folder_name", "overwrite", "result_file")  # options that a sweep 
 # What does not change a result, and so is no part of a job's name.
 WHERE = {*OURS, "device", "dataset_path", "yaml_path", "bd_yaml_path"}
 
+MOST = 100_000  # runs of a sweep
+
 Cell = dict[str, Any]  # one choice on each axis
 
 
@@ -46,6 +49,10 @@ class Section:
     axes: dict[str, list[Any]]
     overrides: list[tuple[dict[str, list[Any]], Cell]]
     exclude: list[dict[str, list[Any]]]
+
+    def __len__(self) -> int:
+        """The number of cells, before any is excluded."""
+        return math.prod(map(len, self.axes.values()))
 
     def cells(self, beside: Cell) -> Iterator[tuple[Cell, Cell]]:
         """Each cell that is not excluded, and its options. Rules may also name what is in `beside`."""
@@ -80,6 +87,9 @@ def _jobs(content: Mapping[Any, Any]) -> list[Job]:
     defenses = None
     if "defenses" in content:
         defenses = _section(content["defenses"], "defenses", ("defense",), tuple(attacks.axes))
+    count = len(attacks) * (1 + len(defenses) if defenses else 1)
+    if count > MOST:
+        raise UserError(f"its lists make {count} runs, more than the {MOST} that a sweep may have; divide it")
     jobs: dict[str, Job] = {}
     for cell, options in attacks.cells({}):
         record = _attack_job(options)
@@ -100,6 +110,8 @@ def _section(content: Any, where: str, required: Sequence[str], beside: Sequence
         raise UserError(f"{where} names an option twice: target is attack_target, seeds is random_seed")
     overrides, exclude = given.pop("overrides", None) or [], given.pop("exclude", None) or []
     if type(count := content.get("seeds")) is int and count > 0:
+        if count > MOST:
+            raise UserError(f"{where}: {count} seeds are more than the {MOST} runs that a sweep may have")
         given["random_seed"] = list(range(count))  # as --seeds of `ulrl compare`
     axes = {key: _values(key, value, where) for key, value in given.items()}
     for key in required:

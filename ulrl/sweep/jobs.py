@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -25,13 +24,15 @@ import torch
 from ulrl.attacks.base import Attack
 from ulrl.configure import AttackRun, DefenseRun
 from ulrl.defenses.base import Defense
-from ulrl.errors import UserError
-from ulrl.files import home
+from ulrl.errors import LineFormatter, UserError, one_line
+from ulrl.files import home, open_lock
 from ulrl.record import find_record
 from ulrl.report.pictures import draw
 from ulrl.runs.attacking import run_attack
 from ulrl.runs.defending import run_defense
 from ulrl.training import TrainOptions
+from ulrl.untrusted.opening import opened
+from ulrl.untrusted.texts import read_json
 
 RESULT, FAILED_LOG = "result.json", "failed.log"
 
@@ -116,11 +117,12 @@ def state(job: Job) -> State:
     """The state that the files tell; SKIPPED is not among them."""
     if job.done():
         return State.DONE
-    with contextlib.suppress(FileNotFoundError), job.lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return State.RUNNING
+    if os.path.lexists(job.lock):
+        with open_lock(job.lock) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return State.RUNNING
     return State.FAILED if job.failed() else State.QUEUED
 
 
@@ -135,7 +137,7 @@ def claim(job: Job) -> Iterator[bool]:
     Raises:
         UserError: the file system has no locks.
     """
-    with job.lock.open("a+") as file:
+    with open_lock(job.lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -147,9 +149,15 @@ def claim(job: Job) -> Iterator[bool]:
                 "to a file system with locks"
             ) from None
         file.truncate(0)
-        file.write(f"{platform.node()} {os.getpid()}\n")  # who, and by its time, since when
+        file.write(f"{os.getpid()} on {platform.node()}\n")  # who, and by its time, since when
         file.flush()
         yield True
+
+
+def holder(job: Job) -> str:
+    """Who has the job, or had it last: "<process> on <host>"."""
+    with open_lock(job.lock) as file:
+        return one_line(file.read(200))
 
 
 def attempt(job: Job) -> None:
@@ -196,14 +204,16 @@ def retry(job: Job) -> None:
 
 def reason(job: Job) -> str:
     """Why a job failed: the last line of its log."""
-    lines = (job.folder / FAILED_LOG).read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    with opened(job.folder / FAILED_LOG, 1 << 40) as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - 65536))
+        lines = log.read(65536).decode(errors="replace").split("\n")
+    return one_line(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
 
 
 def seconds(job: Job) -> float | None:
     """How long a job took that is done, where its result tells."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((job.folder / RESULT).read_text(encoding="utf-8"))["seconds"]["total"])
+    with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        return float(read_json(job.folder / RESULT)["seconds"]["total"])
     return None
 
 
@@ -225,7 +235,7 @@ def _said_to(path: Path) -> Iterator[None]:
         undo.enter_context(contextlib.redirect_stdout(file))
         undo.enter_context(contextlib.redirect_stderr(file))
         handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.setFormatter(LineFormatter("%(asctime)s %(message)s"))
         undo.callback(logger.removeHandler, handler)
         undo.callback(logger.setLevel, logger.level)
         logger.addHandler(handler)

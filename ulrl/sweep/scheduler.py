@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ulrl.errors import UserError
+from ulrl.files import is_stopped
 from ulrl.options import option
 from ulrl.sweep.cluster import RayEngine
 from ulrl.sweep.grid import read_sweep
-from ulrl.sweep.jobs import Job, State, give_up, reason, retry, seconds, state
+from ulrl.sweep.jobs import Job, State, give_up, holder, reason, retry, seconds, state
 from ulrl.sweep.local import LocalEngine
 
 POLL = 1.0  # seconds between two looks at what another sweep is doing
+STOPPED = 30.0  # seconds that a stopped process is waited for
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ def run_jobs(jobs: Sequence[Job], engine: Engine) -> dict[str, State]:
     states = {job.name: state(job) for job in jobs}
     clock = Clock(jobs, states)
     log.info("%s", _counts(states))
+    others = Others()
     ours: set[str] = set()  # in the engine's hands
     while any(end in (State.QUEUED, State.RUNNING) for end in states.values()):
         for job in jobs:
@@ -109,11 +113,38 @@ def run_jobs(jobs: Sequence[Job], engine: Engine) -> dict[str, State]:
                 give_up(job, cause)
         for job in jobs:
             if states[job.name] is State.RUNNING and job.name not in ours:
+                if not ours:
+                    others.wait_for(job)
                 states[job.name] = state(job)
                 if states[job.name] in (State.DONE, State.FAILED):
                     clock.ended(job)
                     log.info("%s", _progress(job, states, clock, max(1, engine.running)))
     return states
+
+
+class Others:
+    """Jobs that another sweep is doing, when nothing else is left to do here: each is told once, with who has it."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._stopped: dict[str, float] = {}
+
+    def wait_for(self, job: Job) -> None:
+        """
+        Raises:
+            UserError: the process that has it has been stopped for a while.
+        """
+        by = holder(job)
+        if job.name not in self._told and state(job) is State.RUNNING:
+            self._told.add(job.name)
+            log.info("waiting for record/%s, which process %s is doing", job.name, by)
+        if not is_stopped(by):
+            self._stopped.pop(job.name, None)
+        elif time.monotonic() - self._stopped.setdefault(job.name, time.monotonic()) > STOPPED:
+            raise UserError(
+                f"record/{job.name} is in the hands of process {by}, which is stopped; continue it (kill -CONT) or "
+                "end it"
+            )
 
 
 class Clock:
@@ -150,8 +181,7 @@ def status(jobs: Sequence[Job]) -> list[str]:
     for job in jobs:
         if states[job.name] is State.RUNNING:
             since = time.time() - job.lock.stat().st_mtime
-            where = " ".join(job.lock.read_text().split()[:1])
-            lines.append(f"running record/{job.name} on {where} for {_duration(since)}")
+            lines.append(f"running record/{job.name} by process {holder(job)} for {_duration(since)}")
     lines += [f"failed  record/{job.name}: {reason(job)}" for job in jobs if states[job.name] is State.FAILED]
     running = sum(now is State.RUNNING for now in states.values())
     left = Clock(jobs, states).left(states, max(1, running))

@@ -51,7 +51,7 @@ def opened(file: str | os.PathLike[str], most: int, inside: Path | None = None) 
     about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode):
         os.close(descriptor)
-        raise UserError(f"{file} is {_kind(about.st_mode)}, not a file, and was not read; put a file there")
+        raise UserError(f"{file} is {kind(about.st_mode)}, not a file, and was not read; put a file there")
     with open(descriptor, "rb") as content:
         if about.st_size > most:
             raise UserError(
@@ -89,7 +89,8 @@ def read_text(file: str | os.PathLike[str], most: int = TEXT, inside: Path | Non
         raise UserError(f"{file} is no text in UTF-8; is it another file?") from None
 
 
-def _kind(mode: int) -> str:
+def kind(mode: int) -> str:
+    """In words what is no regular file, by its `st_mode`."""
     for test, name in (
         (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISLNK, "a link"),
     ):  # fmt: skip

@@ -24,7 +24,7 @@ from ulrl.untrusted.opening import MIB, opened
 
 MOST = 2048 * MIB  # bytes of a file
 MEMORY = 1024 * MIB  # bytes that its pickle may need
-SECONDS = 8  # of a processor, and one more per 200 MB, for the checksums
+SECONDS = 5  # of a processor, and one more per 200 MB, for the checksums
 PATIENCE = 60  # seconds on the clock, for a slow disk
 READER = Path(__file__).with_name("_reader.py")
 

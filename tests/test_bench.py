@@ -1,0 +1,153 @@
+"""The bench's own arithmetic: intervals, what counts as taken, the distance to a clean net, the ranking."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from bench import pages
+from bench.pages import cell, interval, write_block
+from bench.quality import all_defenses, folder, repair_job
+from bench.reactivation import EPS, Material, retune, shifted, universal
+from bench.tables import FOLDER, distance, ranking
+from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
+from ulrl.data.datasets import dataset_spec
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.errors import UserError
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in pages.FOLDER.glob("*.py")))
+def test_every_script_still_finds_what_it_imports(name: str) -> None:
+    importlib.import_module("bench" if name == "__init__" else f"bench.{name}")
+
+
+def test_an_interval_is_students() -> None:
+    mean, half, n = interval([1.0, 2.0, 3.0])
+    assert (mean, n) == (2.0, 3)
+    assert half == pytest.approx(4.30 / math.sqrt(3), rel=1e-3)
+    assert math.isnan(interval([1.0])[1])
+    assert [cell([]), cell([0.5]), cell([0.5, 0.5])] == ["", "50.0 (1)", "50.0 ±0.0 (2)"]
+
+
+def test_a_clean_nets_own_figures_are_no_distance_away() -> None:
+    assert distance(0.234, 0.607, 0.234, 0.607) == 0
+    assert distance(0.0, 0.607, 0.234, 0.607) == pytest.approx(0.234)  # blind to the class
+    assert distance(0.234, 0.9, 0.234, 0.607) == 0
+    assert distance(0.334, 0.507, 0.234, 0.607) == pytest.approx(0.2)
+
+
+def runs(*rows: tuple[str, str, float]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["defense", "record", "distance"])
+    return frame.assign(acc_lost=0.0)
+
+
+def test_ranks_are_over_the_records_that_all_share() -> None:
+    ranks = ranking(runs(("a", "x", 0.1), ("a", "x", 0.3), ("a", "y", 0.9), ("b", "x", 0.25)))
+    assert ranks.defense.tolist() == ["a", "b"]  # 0.2 on x, whatever it is on y
+    assert ranks.distance.tolist() == pytest.approx([0.2, 0.25])
+    assert ranks.records.tolist() == [1, 1]
+
+
+def test_a_defense_with_few_records_is_not_ranked() -> None:
+    everywhere = [("a", record, 0.5) for record in "vwxyz"]
+    ranks = ranking(runs(*everywhere, ("b", "x", 0.0)))
+    assert ranks[ranks.ranked].defense.tolist() == ["a"]
+    assert ranks.defense.tolist() == ["a", "b"]
+    assert ranks.records.tolist() == [5, 1]
+
+
+def test_a_victim_has_to_take() -> None:
+    dirty = next(v for v in VICTIMS if not v.clean_label)
+    clean_label = next(v for v in VICTIMS if v.clean_label)
+    assert took({"acc": 0.875, "asr": 0.96}, [0.87, 0.89], dirty) == "took"
+    assert "ACC 1.5 below" in took({"acc": 0.865, "asr": 0.96}, [0.87, 0.89], dirty)
+    assert "ASR 92.0 below 95.0" in took({"acc": 0.88, "asr": 0.92}, [0.88], dirty)
+    assert took({"acc": 0.88, "asr": 0.92}, [0.88], clean_label) == "took"
+    assert "no clean net" in took({"acc": 0.88, "asr": 1.0}, [], dirty)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_record_of_a_profile_is_a_line_of_the_table(profile: str) -> None:
+    jobs = jobs_of(profile)
+    labels = {victim.name for job in jobs.values() if (victim := victim_of(job))}
+    assert labels == {v.name for v in VICTIMS}
+    for name, job in jobs.items():
+        assert (victim_of(job) is None) == (job.attack.name == "prototype"), name
+        assert job.needs is None or job.needs in jobs
+
+
+def test_a_name_means_an_attack_or_a_pattern() -> None:
+    jobs = jobs_of("cpu")
+    assert {victim_of(job).name for job in chosen(jobs, ["badnet"])} == {"badnet"}  # type: ignore[union-attr]
+    assert next(job.name for job in chosen(jobs, ["*_lf_p0.1_*_s1_*"])).split("_")[3] == "clean"  # which it needs
+    with pytest.raises(UserError, match="badnett"):
+        chosen(jobs, ["badnett"])
+
+
+def test_each_defense_has_its_published_values_and_its_folder() -> None:
+    record = next(iter(jobs_of("cpu").values()))
+    for defense in all_defenses():
+        job = repair_job(record, defense, 0.01, 2, 600)
+        assert job.run.ratio == 0.01
+        assert job.defense.random_seed == 2
+        parts = FOLDER.fullmatch(folder(defense, 0.01, 2))
+        assert parts is not None
+        assert (parts[1].replace("-ours", ":ours"), parts[2], parts[3]) == (defense, "0.01", "2")
+    steps = repair_job(record, "i-bau", 0.01, 0, 600).defense.n_rounds * 6  # type: ignore[attr-defined]
+    assert abs(steps - 250) <= 6
+
+
+def test_a_block_of_the_page_is_replaced_and_the_rest_left(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- begin x -->\nold\n<!-- end x -->\nafter\n")
+    write_block("x", ["new", "lines"], page)
+    assert page.read_text() == "before\n<!-- begin x -->\nnew\nlines\n<!-- end x -->\nafter\n"
+    with pytest.raises(UserError, match="begin y"):
+        write_block("y", [], page)
+
+
+class Bright(nn.Module):
+    """Calls an image class 1 the surer the brighter it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        brightness = x.float().mean((1, 2, 3)) * self.scale
+        return torch.stack([-brightness, brightness], 1)
+
+
+@pytest.fixture
+def material() -> Material:
+    spec = dataset_spec("digits")
+    images = torch.full((64, 1, 8, 8), 120, dtype=torch.uint8)
+    zeros = torch.zeros(64, dtype=torch.int64)
+    triggered = PoisonedSet(images, zeros + 1, spec, zeros, torch.arange(64))
+    return Material.of(ImageSet(images, zeros, spec), triggered)
+
+
+def test_a_universal_perturbation_stays_within_its_bound_and_leads_to_the_target(material: Material) -> None:
+    delta = universal(Bright(), material)
+    assert torch.allclose(delta, torch.full_like(delta, 255 * EPS))
+    moved = shifted(material.judged, delta)
+    assert moved.images.dtype == torch.uint8
+    assert moved.images.unique().tolist() == [133]
+
+
+def test_retuning_leaves_the_repaired_model_alone(material: Material) -> None:
+    model = Bright()
+    assert retune(model, material).scale != 1
+    assert model.scale == 1
+
+
+def test_what_is_judged_is_not_what_the_attacker_works_with(material: Material) -> None:
+    made_on, judged = set(material.made_on.original_indices.tolist()), set(material.judged.original_indices.tolist())
+    assert not made_on & judged
+    assert len(made_on | judged) == 64

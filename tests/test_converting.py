@@ -1,0 +1,90 @@
+"""A record in another spelling is the same record, and what `inspect` says is so."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import peer_records as peer
+import pytest
+import torch
+from manners import refused
+
+from ulrl.converting import ConvertOptions, convert, inspect_file
+from ulrl.data.imageset import DatasetSpec
+from ulrl.record import Record, load_record
+from ulrl.record_formats import PICKLE, PLAIN
+
+SPEC = DatasetSpec("toy", peer.CLASSES, 3, peer.HEIGHT, peer.WIDTH, (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    peer.save(peer.content(folder, module_prefix="module."), folder / PICKLE)
+    torch.save({"attack": "badnet"}, folder / "info.pickle")
+    return load_record(folder)
+
+
+def same(a: Record, b: Record) -> None:
+    assert {k: (v.dtype, v.tolist()) for k, v in a.state_dict.items()} == {
+        k: (v.dtype, v.tolist()) for k, v in b.state_dict.items()
+    }
+    for name in ("model_name", "num_classes", "dataset", "data_path", "img_size", "attack"):
+        assert getattr(a, name) == getattr(b, name), name
+    for split in ("bd_train", "bd_test"):
+        one, other = getattr(a, split), getattr(b, split)
+        for field in fields(one):
+            x, y = getattr(one, field.name), getattr(other, field.name)
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, field.name
+    assert torch.equal(a.poisoned_test(SPEC).images, b.poisoned_test(SPEC).images)
+
+
+def test_a_record_without_a_pickle_is_the_same_record_and_back(record: Record) -> None:
+    plain = convert(record, ConvertOptions())
+    assert plain == record.folder.parent / "one_safetensors"
+    files = [p for p in plain.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".png", ".safetensors"}
+    same(load_record(plain), record)
+    back = convert(load_record(plain), ConvertOptions(to="pickle", out="again"))
+    same(load_record(back), record)
+    images, labels = peer.clean_split(peer.N_TRAIN)
+    clean = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
+    official = torch.load(back / PICKLE, weights_only=False)
+    assert type(official["img_size"]) is tuple
+    assert official["bd_test"]["poison_indicator"].dtype == np.float64
+    assert [item[1:] for item in peer.items({**official["bd_train"], "poison_indicator": np.zeros(99)}, clean)]
+    refused(lambda: convert(record, ConvertOptions(to="pickle")), "already")
+    refused(lambda: convert(record, ConvertOptions(out="again")), "--overwrite")
+    refused(lambda: convert(record, ConvertOptions(out="../x")), "--out")
+
+
+def test_a_damaged_plain_record_is_refused(record: Record) -> None:
+    file = convert(record, ConvertOptions()) / PLAIN
+    whole = file.read_bytes()
+    for content in (whole[:-1], whole[:100], whole.replace(b'num_classes\\": 4', b'num_classes\\": "'), b"",
+                    whole.replace(b"bd_test/poison_indicator", b"bd_test/poison_indicatox")):  # fmt: skip
+        assert content != whole
+        file.write_bytes(content)
+        refused(lambda: load_record(file.parent), str(file))
+
+
+def test_what_is_in_a_file_is_told_without_opening_it(record: Record, tmp_path: Path) -> None:
+    lines, safe = inspect_file(record.folder)
+    assert safe
+    assert "  model.module.fc.weight: float32 [4, 2]" in lines
+    assert "a record of preactresnet18 on toy" in lines
+    touched = tmp_path / "touched"
+    trap = tmp_path / "trap.pt"
+    for how in (True, False):
+        torch.save(
+            {"model": {"a": torch.zeros(2)}, "x": peer.touching(touched)}, trap, _use_new_zipfile_serialization=how
+        )
+        lines, safe = inspect_file(trap)
+        assert not safe
+        assert any("system" in line for line in lines if line.startswith("asks for"))
+        assert "refused" in lines[-1]
+    assert not touched.exists()
+    assert inspect_file(convert(record, ConvertOptions()))[1]

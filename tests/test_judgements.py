@@ -1,0 +1,83 @@
+"""Kept judgements: judged once, anew for anything else, and never taken on trust."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ulrl.data.datasets import dataset_spec
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.metrics import Judgement
+from ulrl.runs.judgements import kept
+
+SPEC = dataset_spec("digits")
+FIGURES = Judgement(0.75, 0.5, 0.25, 4, 2)
+
+
+class Case:
+    """A model and its data, and how often it was judged."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(2, 3)
+        images = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
+        self.clean = ImageSet(images, torch.arange(4), SPEC)
+        zeros = torch.zeros(2, dtype=torch.int64)
+        self.poisoned = PoisonedSet(images[:2].clone(), zeros, SPEC, zeros + 1, zeros)
+        self.judged = 0
+
+    def __call__(self, name: str = "net", amp: bool = False) -> Judgement:
+        def judge() -> Judgement:
+            self.judged += 1
+            return FIGURES
+
+        return kept(judge, name, self.model, self.clean, self.poisoned, amp)
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    case = Case()
+    assert case() == FIGURES
+    return case
+
+
+def test_the_same_model_on_the_same_data_is_judged_once(case: Case) -> None:
+    assert case() == FIGURES
+    assert case.judged == 1
+
+
+def test_anything_else_is_judged_anew(case: Case) -> None:
+    with torch.no_grad():
+        case.model.weight[0, 0] += 1e-6
+    case()
+    case.clean.images[3, 0, 0, 0] += 1
+    case()
+    case.poisoned.labels[0] += 1
+    case()
+    case.poisoned.original_labels[0] += 1
+    case()
+    case("another architecture")
+    assert case.judged == 6
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"acc": 0.5}', '{"acc":0.75,"asr":7,"ra":0.25,"n_clean":4,"n_poisoned":2}',
+                '{"acc":0.75,"asr":0.5,"ra":0.25,"n_clean":5,"n_poisoned":2}']
+)  # fmt: skip
+def test_a_damaged_one_is_judged_anew(case: Case, tmp_path: Path, content: str) -> None:
+    (file,) = (tmp_path / "ulrl" / "judgements").iterdir()
+    file.write_text(content)
+    assert case() == FIGURES
+    assert case.judged == 2
+    case()
+    assert case.judged == 2
+
+
+def test_without_a_place_to_keep_it_a_run_goes_on(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert case() == FIGURES
+    assert case.judged == 2

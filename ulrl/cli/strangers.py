@@ -1,0 +1,29 @@
+"""The commands for what came from elsewhere: look into it, and take the pickle out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ulrl.cli.terminal import first_name, plain_options, print_path
+from ulrl.converting import ConvertOptions, inspect_file
+from ulrl.converting import convert as convert_record
+from ulrl.errors import UserError
+from ulrl.files import find_input
+from ulrl.record import find_record
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Leaves with 2 where the file is not safe to open, or damaged."""
+    named, rest = first_name(argv, "inspect", "a file, or the folder of a record")
+    if rest:
+        raise UserError(f"ulrl inspect takes a file and no options, and {rest[0]!r} is one too many")
+    lines, safe = inspect_file(find_input(named))
+    print("\n".join(lines))
+    if not safe:
+        raise UserError(f"{named}: {lines[-1].removeprefix('verdict: ')}")
+
+
+def convert(argv: Sequence[str]) -> None:
+    named, rest = first_name(argv, "convert", "a record")
+    options = plain_options(ConvertOptions, rest, "ulrl convert RECORD", "Write a record in another spelling.")
+    print_path(convert_record(find_record(named, "the record"), options))

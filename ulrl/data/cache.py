@@ -1,0 +1,98 @@
+"""Arrays that take long to make: kept in the user's cache folder, and from then on mapped into memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ulrl.files import waited_for, whole_file
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+
+def cache_folder() -> Path:
+    """`ulrl` in `$XDG_CACHE_HOME` where that is set, else in `~/.cache`: never among the user's data or records."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(chosen) if os.path.isabs(chosen) else Path.home() / ".cache") / "ulrl"
+
+
+def cached_array(
+    name: str, stamp: str, shape: tuple[int, ...], make: Callable[[], Iterable[Array]], what: str
+) -> Array:
+    """The uint8 array of `shape`, mapped (copy on write) from `<name>_<stamp>.npy` in `cache_folder()`.
+
+    Where there is no whole one, `make` gives its parts, in order along the first axis, and they are written; other
+    stamps of the name are removed. Of several processes that want the same one, one makes it. Where it cannot be
+    written, that is said, and it is made in memory.
+
+    Args:
+        name: of what it is made of, a plain file name. stamp: hexadecimal; changes with the content of that.
+        what: in words what `make` is doing, as in "converting 500 images of photos".
+
+    Raises:
+        UserError: from `make`.
+    """
+    file = cache_folder() / f"{name}_{stamp}.npy"
+    if (kept := _map(file, shape)) is not None:
+        return kept
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with waited_for(file.parent / f"{name}.lock", what) as ours:
+            kept = _map(file, shape)  # by another process, while this one waited
+            if kept is None and ours:
+                log.info("%s, once, to %s", what, file)
+                _write(file, shape, make())
+                _remove_stale(file, name)
+                kept = _map(file, shape)
+    except OSError as error:
+        log.warning("no cache in %s (%s): %s at every start", file.parent, error.strerror or error, what)
+    if kept is not None:
+        return kept
+    array = np.empty(shape, np.uint8)
+    start = 0
+    for part in make():
+        array[start : start + len(part)] = part
+        start += len(part)
+    return array
+
+
+def _map(file: Path, shape: tuple[int, ...]) -> Array | None:
+    """The file's array; None where there is no whole one. A link is not followed, a pipe not waited for."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as content:
+        try:
+            if np.lib.format.read_magic(content) != (1, 0):
+                return None
+            found, in_columns, dtype = np.lib.format.read_array_header_1_0(content)
+        except (OSError, ValueError):
+            return None
+        start, size = content.tell(), math.prod(shape)
+        if (found, in_columns, dtype) != (shape, False, np.uint8) or os.fstat(descriptor).st_size != start + size:
+            return None
+        return np.memmap(content, np.uint8, "c", start, shape) if size else np.empty(shape, np.uint8)
+
+
+def _write(file: Path, shape: tuple[int, ...], parts: Iterable[Array]) -> None:
+    with whole_file(file) as partial, open(partial, "wb") as content:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(content, header)
+        for part in parts:
+            content.write(np.ascontiguousarray(part).data)
+
+
+def _remove_stale(file: Path, name: str) -> None:
+    for other in file.parent.iterdir():
+        if other != file and re.fullmatch(re.escape(name) + r"_[0-9a-f]+\.npy", other.name):
+            other.unlink(missing_ok=True)

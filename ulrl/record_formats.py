@@ -1,0 +1,93 @@
+"""The two spellings of a record: BackdoorBench's `attack_result.pt`, and `attack_result.safetensors`, without a pickle.
+
+In the latter the weights are tensors named `model/<name>`, the arrays of `bd_train` and `bd_test` are named
+`<split>/<array>`, and the header's metadata has all else as JSON under `record`. An entry of `data_dict` is
+[index, path, attacker's label, true label] there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from ulrl.errors import UserError
+from ulrl.files import save_torch
+from ulrl.untrusted.opening import opened
+from ulrl.untrusted.torchfiles import MOST, load_torch
+
+PICKLE, PLAIN = "attack_result.pt", "attack_result.safetensors"
+SPLITS = ("bd_train", "bd_test")
+ARRAYS = ("original_index_array", "poison_indicator")
+NUMBERS_AND_TEXTS = ("model_name", "num_classes", "data_path", "img_size", "clean_data")
+
+
+def result_file(folder: Path) -> Path:
+    """The file of the record in `folder`: BackdoorBench's, or the plain one where only that is there."""
+    plain, pickle = folder / PLAIN, folder / PICKLE
+    return plain if plain.is_symlink() or (plain.exists() and not pickle.exists()) else pickle
+
+
+def load_raw(file: Path, inside: Path) -> Any:
+    """The content of either file as BackdoorBench nests it, unchecked: numbers, texts, tensors, arrays, mappings.
+
+    Raises:
+        UserError: it cannot be read, or asks to run code.
+    """
+    if file.name != PLAIN:
+        return load_torch(file, inside=inside)
+    with opened(file, MOST, inside):
+        try:
+            with safetensors.safe_open(str(file), "pt") as content:
+                raw: dict[str, Any] = json.loads(content.metadata()["record"])
+            tensors = safetensors.torch.load_file(str(file))
+            raw["model"] = {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")}
+            for split in SPLITS:
+                if raw[split] is not None:
+                    raw[split] |= {name: tensors[f"{split}/{name}"].numpy() for name in ARRAYS}
+                    container = raw[split]["bd_data_container"]
+                    container["data_dict"] = {
+                        index: {"path": path, "other_info": [label, original]}
+                        for index, path, label, original in container["data_dict"]
+                    }
+        except Exception as error:  # whatever is made of a stranger's bytes
+            raise UserError(
+                f"{file} is no record in safetensors ({type(error).__name__}: {error}); convert it again"
+            ) from None
+    return raw
+
+
+def save_plain(raw: Mapping[str, Any], attack: str | None, file: Path) -> None:
+    """Write a checked record without a pickle. attack: its name, where it is known."""
+    tensors = {f"model/{name}": weight.contiguous().clone() for name, weight in raw["model"].items()}
+    about: dict[str, Any] = {key: raw[key] for key in NUMBERS_AND_TEXTS} | {"attack": attack}
+    for split in SPLITS:
+        about[split] = None
+        if (state := raw[split]) is not None:
+            tensors |= {f"{split}/{name}": torch.from_numpy(state[name].copy()) for name in ARRAYS}
+            about[split] = {
+                k: state[k] for k in ("getitem_all", "getitem_all_switch", "save_folder_path") if k in state
+            }
+            about[split]["bd_data_container"] = {
+                "save_folder_path": state["bd_data_container"].get("save_folder_path"),
+                "save_file_format": ".png",
+                "data_dict": [
+                    [index, sample["path"], *sample["other_info"]]
+                    for index, sample in state["bd_data_container"]["data_dict"].items()
+                ],
+            }
+    file.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "record": json.dumps(about)}))
+
+
+def save_pickle(raw: Mapping[str, Any], keys: Sequence[str], file: Path) -> None:
+    """Write a checked record as BackdoorBench reads it."""
+    content = {key: raw[key] for key in keys} | {"img_size": tuple(raw["img_size"])}
+    for split in SPLITS:
+        if content[split] is not None:
+            content[split] |= {name: content[split][name].copy() for name in ARRAYS}
+    save_torch(content, file)

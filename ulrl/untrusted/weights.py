@@ -1,0 +1,68 @@
+"""The weights of a model in a stranger's file: safetensors, or what `torch.save` wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ulrl.errors import UserError
+from ulrl.untrusted.opening import opened
+from ulrl.untrusted.torchfiles import MOST, Other, load_torch
+
+WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")
+
+
+def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
+    """Name, without DataParallel's `module.`, to CPU tensor.
+
+    The file may hold them under one of WRAPPINGS, as training scripts write them, BackdoorBench's among them.
+
+    Args:
+        most: bytes that the file may have.
+
+    Raises:
+        UserError: as `load_torch`; it holds no state_dict of real, finite numbers.
+    """
+    weights: Any
+    if file.suffix == ".safetensors":
+        with opened(file, most):
+            try:
+                weights = safetensors.torch.load_file(str(file))
+            except Exception as error:  # whatever it makes of a stranger's bytes
+                raise UserError(f"{file} is damaged, or no safetensors file ({error}); fetch it again") from None
+    else:
+        weights = load_torch(file, most=most)
+    while isinstance(weights, dict) and (inner := [k for k in WRAPPINGS if isinstance(weights.get(k), dict)]):
+        weights = weights[inner[0]]
+    if not isinstance(weights, dict) or not weights:
+        raise UserError(f"{file} holds no state_dict, name to tensor; save model.state_dict()")
+    return check_weights(file, {str(name).removeprefix("module."): w for name, w in weights.items()}, len(weights))
+
+
+def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, torch.Tensor]:
+    """`weights` themselves, if they are what a model can have. count: how many there were with their full names.
+
+    Raises:
+        UserError: another value than a tensor of real, finite numbers; a name that is there twice.
+    """
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor) or weight.is_complex():
+            found = weight.what if isinstance(weight, Other) else f"a {type(weight).__name__}"
+            raise UserError(
+                f"{file} holds no state dict, names to dense CPU tensors of real numbers: {name[:80]!r} is {found}; "
+                "save model.state_dict()"
+            )
+        if weight.dtype in _FLOATS and not bool(weight.isfinite().all()):
+            raise UserError(
+                f"{file}: {name[:80]} holds NaN or infinity, with which no model works; get the weights from an "
+                "earlier epoch"
+            )
+    if len(weights) < count:
+        raise UserError(f"{file} has a weight both with and without the prefix module.; save it again without one")
+    return weights
+
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
