@@ -39,8 +39,8 @@ class Harden(FineTuning):
     where there is nothing to mend, without which two to three points of accuracy are lost. The classes that ULRL's
     diagnosis flags have their rows of the head drawn anew beforehand, `alpha` times their cosine with what they were is
     added, and on images of other classes they are left out of both divergences: how much of its target the original
-    sees there is part of the backdoor, and brings it back. Without a flagged class, or with
-    a wrong one, the rest works all the same. At the end BatchNorm's statistics are taken anew from plain images.
+    sees there is part of the backdoor, and brings it back. Without a flagged class, or with a wrong one,
+    the rest works all the same. At the end BatchNorm's statistics are taken anew from plain images.
 
     The weights and the corruptions were chosen by ASR and accuracy on four development records (BadNets, Blended,
     WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all; a run sees clean samples only.
@@ -56,7 +56,6 @@ class Harden(FineTuning):
     init: bool = option(True, "draw the flagged classes' rows of the head anew")
     alpha: float = option(0.5, "weight of the redrawn rows' cosine with what they were", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
-
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
