@@ -80,13 +80,13 @@ def test_clp_counts_each_batch_norm_once_where_it_acts() -> None:
                 "4.conv1": ("", "4.bn1"), "4.conv2": ("", "4.bn2")}),
     ):  # fmt: skip
         names = {module: name for name, module in disturb(net).named_modules()}
-        units = _units(net, torch.zeros(1, 3, 8, 8))
+        units = _units(net, torch.Size((3, 8, 8)))
         assert {k: (names[u.before] if u.before else "", u.after_name) for k, u in units.items()} == expected
 
 
 def test_clp_bound_is_the_spectral_norm_of_the_scaled_filter() -> None:
     net = disturb(nn.Sequential(nn.Conv2d(3, 8, 3), Residual(8, pre=True), Residual(8, pre=True, groups=2)))
-    unit = _units(net, torch.zeros(1, 3, 8, 8))["2.conv1"]
+    unit = _units(net, torch.Size((3, 8, 8)))["2.conv1"]
     before, after = net[2].bn1, net[2].bn2
     filters = unit.conv.weight.detach()
     for k in range(8):

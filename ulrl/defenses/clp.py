@@ -37,11 +37,11 @@ class CLP(OutlierPruning):
     """
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
-        _units(model, clean)
+        _units(model, clean.images.shape[1:])
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         with monitor.stage("score", 1) as progress:
-            units = _units(model, clean)
+            units = _units(model, clean.images.shape[1:])
             scores = []
             for name, unit in units.items():
                 held = [f"{name}.{key}" for key, _ in unit.conv.named_parameters()]
@@ -108,8 +108,8 @@ class _Origins(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _units(model: nn.Module, clean: ImageSet) -> dict[str, Unit]:
-    """The convolutions that a forward pass in eval mode uses, in that order, by name. The images are not looked at.
+def _units(model: nn.Module, image: torch.Size) -> dict[str, Unit]:
+    """The convolutions that a forward pass in eval mode uses, by name in that order; image: one's shape [C, H, W].
 
     Raises:
         UserError: there is none.
@@ -135,7 +135,7 @@ def _units(model: nn.Module, clean: ImageSet) -> dict[str, Unit]:
                 hook = module.register_forward_hook(lambda m, i, o, name=name: after(name, m, i, o))
                 hooks.enter_context(hook)
         with origins:
-            model(torch.zeros(1, *clean.images.shape[1:], device=clean.device))
+            model(torch.zeros(1, *image, device=next(model.parameters()).device))
     if not units:
         raise UserError("clp bounds the channels of convolutions, and this model has none")
     return units
