@@ -279,7 +279,7 @@ def test_a_backdoor_that_did_not_take_is_called_that(
     "name", sorted(f.parent.name for f in CONFIG.glob("*/digits.yaml") if f.parent.name != "prototype")
 )
 def test_shipped_settings_for_the_digits_plant(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the default does not. Seen: 94 to 100%, on one machine."""
+    """Where the default does not. Seen: 92.9 to 100%, on one machine."""
     monkeypatch.setenv("ULRL_HOME", str(tmp_path))
     said = {"dataset": "digits", "device": "cpu", "save_folder_name": "made"}
     _, result = run_attack(*configure_attack(name, said, AttackRun, quiet=True), bar=False)

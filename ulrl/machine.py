@@ -22,7 +22,7 @@ from ulrl.files import PACKAGE_ROOT
 log = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cuda")  # those that are asked for by name
-TINY = 16 * 16  # pixels of an image up to which one thread is the fastest
+TINY = 16 * 16  # pixels of an image up to which a second thread gains little and, on a busy machine, loses much
 
 
 def pick_device(name: str) -> torch.device:
