@@ -69,7 +69,7 @@ EXPECTED = {
     "harden": Expected(flags=("badnet",)),
     "i-bau": Expected(records=("badnet",)),  # a blended trigger is beyond the perturbation's bound
     "nad": Expected(),
-    "nc": Expected(flags=("badnet",)),
+    "nc": Expected(flags=("badnet",), records=("badnet",)),  # of a blended trigger it sometimes flags another class
     "npd": Expected(asr=0.5, ra=0.1, records=("badnet",)),  # one branch of the last block is too late for a blended one
     "rnp": Expected(asr=1.0, ra=0.0, records=("badnet",)),  # prunes all of it or, where validation allows none, nothing
     "sau": Expected(),
