@@ -12,6 +12,7 @@ from ulrl.cli.terminal import print_table
 from ulrl.configure import shipped_files
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES
+from ulrl.detectors.base import DETECTORS
 from ulrl.errors import UserError
 from ulrl.models.architectures import ARCHITECTURES
 
@@ -23,7 +24,7 @@ def list_(argv: Sequence[str]) -> None:
     if argv:
         raise UserError(f"ulrl list takes nothing or `configs`, and {argv[0]!r} is neither")
     table = Table("kind", "name", "what it is")
-    for kind, registry in (("attack", ATTACKS), ("defense", DEFENSES)):
+    for kind, registry in (("attack", ATTACKS), ("defense", DEFENSES), ("sample detector", DETECTORS)):
         for name, cls in registry.items():
             module = sys.modules[cls.__module__]
             table.add_row(kind, name, (module.__doc__ or "").splitlines()[0])
