@@ -64,6 +64,7 @@ EXPECTED = {
     "bnp": Expected(asr=1.0, loss=0.15, ra=0.0, records=("badnet",)),  # from 0.09 to 0.98
     "clp": Expected(asr=1.0, loss=0.25, ra=0.0, records=("badnet",)),  # from 0.52 to 1
     "detect_label": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",)),  # it repairs nothing
+    "ebyd": Expected(asr=1.0, ra=0.0, flags=("badnet",), records=("badnet",)),  # ends in RNP's pruning, see there
     "fp": Expected(),
     "fst": Expected(asr=0.3),
     "ft": Expected(asr=0.45),
@@ -303,7 +304,7 @@ def test_comparison_runs_each_defense_with_each_seed_once(
     assert row.split()[-1] == "2"
 
 
-@pytest.mark.parametrize("name", ["nc", "recover_trigger"])
+@pytest.mark.parametrize("name", ["ebyd", "nc", "recover_trigger"])
 def test_found_trigger_is_like_the_true_one(name: str, repaired: Repaired) -> None:
     """Which is a white square of 2x2 in the lower right corner."""
     outcome = repaired(name, "badnet")

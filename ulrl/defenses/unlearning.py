@@ -75,8 +75,9 @@ class Unlearning(Defense):
         left as it was. The accuracy is that of the running epoch, in train mode, as in the releases of ULRL and
         RNP; or, `in_eval`, the finished epoch's in eval mode, as in TSBD's.
 
-        With sgd, whatever relearns later, as in the releases: its changes are in proportion to the gradients, which is what a ranking
-        of the weights that moved most reads. AdamW gives every weight about the same step, and no class stands out.
+        With sgd, whatever relearns later, as in the releases: its changes are in proportion to the gradients, which is
+        what a ranking of the weights that moved most reads. AdamW gives every weight about the same step, and no class
+        stands out.
 
         An ascent has no bottom: its loss and so its gradients grow with each step, and without `clip` one step can
         take weights to 1e10, behind which the net overflows.
