@@ -104,9 +104,10 @@ def compare(argv: Sequence[str]) -> None:
         for name in names:
             defense, _, run = _on(record, name, {**shared, "random_seed": seed})
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
-            folder, _ = run_once(defense, record, run)
-            results.append(check_result(folder / "result.json"))  # which may have come with the record
-            draw(folder)
+            folder, now = run_once(defense, record, run)
+            results.append(check_result(folder / "result.json"))
+            if now:
+                draw(folder)
     print_table(comparison_table(record.name, results))
 
 
