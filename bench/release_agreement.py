@@ -108,7 +108,7 @@ RELEASES = {
                    known="the layer stands before a convolution there, behind it here; the release draws its images"),
     "rnp": Release(ours="--pruning_number 0.7", batches=CHOOSES,
                    epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
-                   known="both prune at 0.7, BackdoorBench's only value; ours sets a tenth aside and bounds the ascent"),
+                   known="both prune at 0.7, its only value; ours sets a tenth aside and bounds the ascent"),
 }  # fmt: skip
 
 
