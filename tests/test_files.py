@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,6 @@ def test_leftovers_of_a_killed_run_are_cleared_or_recovered(tmp_path: Path) -> N
         write(folder, "new")
     assert (folder / "a.txt").read_text() == "old"
     outside.mkdir()
-    (tmp_path / ".x.partial").rename(tmp_path / "junk")
     (tmp_path / ".x.partial").symlink_to(outside)
     write(folder, "new", overwrite=True)
     assert [p.name for p in folder.iterdir()] == ["a.txt"]
@@ -86,6 +87,37 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another run"):
             write(folder, "second", overwrite=True)
     assert (folder / "a.txt").read_text() == "first"
+
+
+def test_many_writers_of_one_name_never_mix_nor_lose_what_one_has_finished(tmp_path: Path) -> None:
+    folder, wrong, finished = tmp_path / "new" / "x", [], []
+
+    def writer(me: int) -> None:
+        for turn in range(40):
+            try:
+                with whole_folder(folder, overwrite=turn > 0) as partial:
+                    (partial / "a.txt").write_text(f"{me} {turn}")
+                    time.sleep(0.0005)
+                    if turn % 8 == 7:
+                        raise OSError("disk full")
+                    (partial / "b.txt").write_text(f"{me} {turn}")
+                    found = sorted((p.name, p.read_text()) for p in partial.iterdir())
+                    if found != [("a.txt", f"{me} {turn}"), ("b.txt", f"{me} {turn}")]:
+                        wrong.append(found)
+                finished.append(turn)
+            except UserError:
+                time.sleep(0.0005)
+            except OSError as error:
+                if str(error) != "disk full":
+                    wrong.append(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(writer, range(8)))
+    assert not wrong
+    assert finished.count(0) == 1, "the first writes it, and the others do not replace it"
+    assert len(finished) > 1
+    assert (folder / "a.txt").read_text() == (folder / "b.txt").read_text()
+    assert [p.name for p in folder.parent.iterdir()] == ["x"]
 
 
 def test_a_folder_is_written_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,13 +97,15 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
     """
     partial = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and not folder.exists():  # killed between the two renames below
-        os.replace(replaced, folder)
     if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
+        raise _exists(folder)
     new_parent = not folder.parent.exists()
-    lock = _claim(partial, folder, keep)
+    lock = _claim(partial, folder)
     try:
+        _take_back(replaced, folder)  # from a run that was killed between the two renames below
+        if folder.exists() and not overwrite:  # by now
+            raise _exists(folder)
+        _empty(partial, keep)
         if keep and (folder / keep).is_dir() and not (folder / keep).is_symlink() and not (partial / keep).exists():
             shutil.copytree(folder / keep, partial / keep, ignore=_links)
         yield partial
@@ -111,12 +113,23 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
             _remove(replaced)
             os.replace(folder, replaced)
         os.replace(partial, folder)
+    except BaseException:
+        _take_back(replaced, folder)
+        if _is_at(partial, lock):
+            _empty(partial, keep)
+            with contextlib.suppress(OSError):  # not empty
+                partial.rmdir()
+                if new_parent:
+                    folder.parent.rmdir()
+        raise
+    else:
         _remove(replaced)
     finally:
-        os.close(lock)
-        _empty(partial, keep)
-        if new_parent and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+        os.close(lock)  # last: until then, no other run touches what is under these names
+
+
+def _exists(folder: Path) -> UserError:
+    return UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
 
 
 def open_lock(path: Path) -> TextIO:
@@ -177,22 +190,37 @@ def _taken(descriptor: int) -> bool:
     return True
 
 
-def _claim(partial: Path, folder: Path, keep: str) -> int:
-    """Make `partial` afresh and lock it, so that a second run of the same name cannot write into it."""
-    if partial.is_dir() and not partial.is_symlink():
-        left = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _claim(partial: Path, folder: Path) -> int:
+    """Lock `partial`, made where it is not there, so that a second run of the same name cannot write into it."""
+    for left in reversed(range(100)):
+        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+            partial.unlink(missing_ok=True)
         try:
-            if not _taken(left):  # it is free when its run was killed
-                raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
-        finally:
-            os.close(left)
-    _empty(partial, keep)
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    if not _taken(lock):
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except (FileNotFoundError, FileExistsError):  # the run that had it has just ended
+            if left:
+                continue
+            raise
+        free = _taken(lock)  # so it is where its run was killed
+        if free and _is_at(partial, lock):
+            return lock
         os.close(lock)
-        raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
-    return lock
+        if not free:
+            break
+    raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether what is open there still has this name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    return False
+
+
+def _take_back(replaced: Path, folder: Path) -> None:
+    if replaced.exists() and not folder.exists():
+        os.replace(replaced, folder)
 
 
 def _lock(folder: int, how: int) -> None:
@@ -205,12 +233,9 @@ def _lock(folder: int, how: int) -> None:
 
 
 def _empty(partial: Path, keep: str) -> None:
-    """Remove all but the sub-folder `keep`, and the folder itself when that leaves nothing."""
-    if partial.is_symlink() or not keep or not (partial / keep).is_dir() or (partial / keep).is_symlink():
-        _remove(partial)
-        return
+    """Remove all but the sub-folder `keep`."""
     for entry in partial.iterdir():
-        if entry.name != keep:
+        if entry.name != keep or entry.is_symlink() or not entry.is_dir():
             _remove(entry)
 
 

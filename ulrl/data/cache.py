@@ -76,7 +76,7 @@ def _map(file: Path, shape: tuple[int, ...]) -> Array | None:
             if np.lib.format.read_magic(content) != (1, 0):
                 return None
             found, in_columns, dtype = np.lib.format.read_array_header_1_0(content)
-        except (OSError, ValueError):
+        except Exception:  # whatever numpy makes of a damaged header
             return None
         start, size = content.tell(), math.prod(shape)
         if (found, in_columns, dtype) != (shape, False, np.uint8) or os.fstat(descriptor).st_size != start + size:
