@@ -5,10 +5,11 @@ whose launcher this is), to have the record's width, and to judge less: of a tes
 batch alone, or, where it chooses by it, the first eight; where its table is all that it leaves (NC, NPD), everything.
 What has no checkout is left out. In the scratch folder fashion_scenes lies as CIFAR-10's files, which all of them
 read, and beside it one BadNets record of ours, whose model is trained there or is that of a victim of the bench
-(--victim). Both sides repair it with the same clean images (the scripts of FST and NPD take no list, and draw their
-own), seeds and options: those of the release's YAML file, which ours reads too. Both repaired models are judged by our
-judge on the same test images; where the release saves another model than the one it made (NC, NPD), by the figures of
-its own table. A run that is there is kept with --scratch, so a stopped one goes on.
+(--victim). Both sides repair it with the same clean images (the scripts of FST, FT-SAM and NPD take no list, and draw
+as many of their own), seeds and options: those of the release's YAML file, which ours reads too; with --epochs its
+cosine ends with them. Both repaired models are judged by our judge on the same test images; where the release saves
+another model than the one it made (NC, NPD), by the figures of its own table. A run that is there is kept with
+--scratch, so a stopped one goes on.
 
 A figure is said to differ where the means are further apart than twice the standard error of the seeds.
 """
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from bench.pages import RESULTS, interval, percent, write_block, write_csv
 from bench.release_speed import FST_RECORD, LAUNCHER, ROOT, write_batches
@@ -81,8 +83,8 @@ class Release:
 RELEASES = {
     "ulrl": Release("ulrl", epochs="--unlearning_epochs {epochs} --relearn_epochs {epochs}",
                     known="the release keeps the two lowest suspicious classes, ours the two highest scores"),
-    "ft": Release(known="the cosine ends with the epochs here, at epoch 100 there"),
-    "ft-sam": Release(known="the release's cosine moves with each batch"),
+    "ft": Release(),
+    "ft-sam": Release(known="the release's cosine moves with each batch, and it draws its own clean images"),
     "fst": Release("fst", ours="--epochs 10 --lr 0.01 --alpha 0.1 --batch_size 128", yaml="",
                    theirs="--ft_mode fst --attack badnet --pratio 0.1 --model preactresnet18 --split_ratio 0.01 "
                    "--lr 0.01 --alpha 0.1 --epochs 10 --save",
@@ -98,11 +100,15 @@ RELEASES = {
     "bnp": Release(epochs="", known="the release compares with poisoned data, and in one batch"),
     "nc": Release(saves_another=True, batches=0, epochs="--nc_epoch {epochs} --epochs {epochs}",
                   known="the release saves the backdoored model; its table is of the repaired one"),
-    "i-bau": Release(epochs="--n_rounds {epochs}", known="ours bounds the perturbation, as the paper does"),
-    "sau": Release(epochs="--n_rounds {epochs}", known="ours augments the clean images, the release does not"),
-    "npd": Release(saves_another=True, batches=0, known="the layer stands before a convolution there, behind it here"),
-    "rnp": Release(epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
-                   known="the release prunes at 0.7 always; ours chooses on clean validation data"),
+    "i-bau": Release(epochs="--n_rounds {epochs}",
+                     known="BackdoorBench's perturbation is of normalised values, without bound; ours is of pixels, "
+                     "as its authors', and within the paper's bound"),
+    "sau": Release(epochs="--n_rounds {epochs}", known="ours ends the attack after all its steps"),
+    "npd": Release(saves_another=True, batches=0,
+                   known="the layer stands before a convolution there, behind it here; the release draws its images"),
+    "rnp": Release(ours="--pruning_number 0.7", batches=CHOOSES,
+                   epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
+                   known="both prune at 0.7, its only value; ours sets a tenth aside and bounds the ascent"),
 }  # fmt: skip
 
 
@@ -150,11 +156,11 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
         index.write_text("".join(f"{i}\n" for i in order[: args.clean_samples].tolist()))
     epochs = release.epochs.format(epochs=args.epochs) if args.epochs else ""
     common = f"--result_file badnet --random_seed {seed} {epochs}"
-    if release.yaml:
-        common += f" --yaml_path {checkout / release.yaml.format(method=method)}"
+    given = checkout / release.yaml.format(method=method) if release.yaml else None
+    of_yaml = f"--yaml_path {given}" if given else ""
     of_index = f" --index {index}"
     folder = f"ours_{method}_{seed}"
-    flags = f"{common} {release.ours} {of_index} --save_folder_name {folder} --overwrite"
+    flags = f"{common} {of_yaml} {release.ours} {of_index} --save_folder_name {folder} --overwrite"
     _run(scratch, ROOT / "defense" / f"{method}.py", *flags.split())
     ours = json.loads((record / "defense" / folder / "result.json").read_text())["after"]
 
@@ -165,7 +171,13 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
     if release.checkout == "fst":
         flags = f"{theirs} --random_seed {seed} {epochs}"
     else:
-        flags = f"{common} {of_index if method != 'clp' else ''} {theirs} --num_workers 0"
+        assert given is not None
+        values = {**yaml.safe_load(given.read_text()), "ratio": args.clean_samples / 50_000}
+        if args.epochs:
+            values["cos_t_max"] = args.epochs
+        same = scratch / f"{method}.yaml"
+        same.write_text(yaml.safe_dump(values))
+        flags = f"{common} --yaml_path {same} {of_index if method != 'clp' else ''} {theirs} --num_workers 0"
     script = checkout / release.script.format(method=method)
     _run(scratch, script, *flags.split(), folder=release.folder, test_batches=release.batches)
     if release.saves_another:

@@ -95,6 +95,9 @@ def test_a_victim_has_to_take() -> None:
     assert "ACC 1.5 below" in took({"acc": 0.865, "asr": 0.96}, [0.87, 0.89], dirty)
     assert "ASR 92.0 below 95.0" in took({"acc": 0.88, "asr": 0.92}, [0.88], dirty)
     assert took({"acc": 0.88, "asr": 0.92}, [0.88], clean_label) == "took"
+    everyone = next(v for v in VICTIMS if v.name == "badnet-all2all")
+    assert took({"acc": 0.88, "asr": 0.84}, [0.88], everyone) == "took"
+    assert "ASR 83.0 below 83.6" in took({"acc": 0.88, "asr": 0.83}, [0.88], everyone)
     assert "no clean net" in took({"acc": 0.88, "asr": 1.0}, [], dirty)
 
 
