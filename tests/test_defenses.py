@@ -61,6 +61,7 @@ EXPECTED = {
     "anp": Expected(asr=0.2, loss=0.3, records=("badnet",)),
     "bnp": Expected(asr=1.0, loss=0.15, ra=0.0, records=("badnet",)),  # from 0.09 to 0.98
     "clp": Expected(asr=1.0, loss=0.25, ra=0.0, records=("badnet",)),  # from 0.52 to 1
+    "d3": Expected(asr=0.3, ra=0.0, records=("badnet",)),  # sends triggered images anywhere but to the target
     "detect_label": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",)),  # it repairs nothing
     "fp": Expected(),
     "fst": Expected(asr=0.3),
@@ -71,6 +72,7 @@ EXPECTED = {
     "nad": Expected(),
     "nc": Expected(flags=("badnet",), records=("badnet",)),  # of a blended trigger it sometimes flags another class
     "npd": Expected(asr=0.5, ra=0.1, records=("badnet",)),  # one branch of the last block is too late for a blended one
+    "otbr": Expected(asr=1.0, loss=0.2, ra=0.0, records=("badnet",)),  # clean samples allow it next to nothing
     "rnp": Expected(asr=1.0, ra=0.0, records=("badnet",)),  # prunes all of it or, where validation allows none, nothing
     "sau": Expected(),
     "tsbd": Expected(loss=0.2, records=("badnet",)),  # the other takes as long and tells no more
