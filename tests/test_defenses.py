@@ -62,6 +62,7 @@ EXPECTED = {
     "anp": Expected(asr=0.2, loss=0.3, records=("badnet",)),
     "bnp": Expected(loss=0.3, ra=0.6, records=("channel",), given={"u": 3.0}),  # the paper's
     "clp": Expected(ra=0.7, records=("channel",), given={"u": 3.0}),  # the paper's
+    "d3": Expected(asr=0.3, ra=0.0, records=("badnet",)),  # sends triggered images anywhere but to the target
     "detect_label": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",)),  # it repairs nothing
     "fp": Expected(),
     "fst": Expected(asr=0.3),
@@ -72,6 +73,7 @@ EXPECTED = {
     "nad": Expected(),
     "nc": Expected(flags=("badnet",), records=("badnet",)),  # of a blended trigger it sometimes flags another class
     "npd": Expected(asr=0.5, ra=0.1, records=("badnet",)),  # one branch of the last block is too late for a blended one
+    "otbr": Expected(asr=1.0, loss=0.2, ra=0.0, records=("badnet",)),  # clean samples allow it next to nothing
     "rnp": Expected(loss=0.15, ra=0.6, records=("channel",)),
     "sau": Expected(),
     "tsbd": Expected(loss=0.2, records=("badnet",)),  # the other takes as long and tells no more
