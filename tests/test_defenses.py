@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -74,6 +75,7 @@ EXPECTED = {
     "nc": Expected(flags=("badnet",), records=("badnet",)),  # of a blended trigger it sometimes flags another class
     "npd": Expected(asr=0.5, ra=0.1, records=("badnet",)),  # one branch of the last block is too late for a blended one
     "otbr": Expected(asr=1.0, loss=0.2, ra=0.0, records=("badnet",)),  # clean samples allow it next to nothing
+    "recover_trigger": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",), records=("badnet",)),  # repairs nothing
     "rnp": Expected(loss=0.15, ra=0.6, records=("channel",)),
     "sau": Expected(),
     "tsbd": Expected(loss=0.2, records=("badnet",)),  # the other takes as long and tells no more
@@ -314,6 +316,21 @@ def test_comparison_runs_each_defense_with_each_seed_once(
     row = next(line for line in tables[0].splitlines() if line.split()[:1] == ["ft"])
     assert f"{sum(asr) / 2:.2f} ±{abs(asr[0] - asr[1]) / 2**0.5:.2f}" in row
     assert row.split()[-1] == "2"
+
+
+@pytest.mark.parametrize("name", ["nc", "recover_trigger"])
+def test_found_trigger_is_like_the_true_one(name: str, repaired: Repaired) -> None:
+    """Which is a white square of 2x2 in the lower right corner."""
+    outcome = repaired(name, "badnet")
+    judged = outcome.result["trigger"]
+    assert judged["class"] == TARGET
+    assert judged["cosine"] > 0.4
+    assert judged["turned"] > 0.5
+    with np.load(outcome.folder / "trigger.npz") as found:
+        assert found["true_mask"].sum() == found["true_mask"][-2:, -2:].sum() > 0
+        assert found["mask"][-3:, -3:].sum() > found["mask"].sum() / 3
+    draw(outcome.folder)
+    assert (outcome.folder / "trigger.png").stat().st_size > 1000
 
 
 def test_ulrl_ranking_file_names_the_target(repaired: Repaired) -> None:
