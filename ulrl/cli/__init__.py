@@ -41,6 +41,7 @@ Records, which are backdoored models with what is needed to judge a repair
   inspect FILE                     what a record, checkpoint or weights file holds, without loading it
   convert RECORD --to safetensors  the same record without a pickle; --to pickle: as BackdoorBench reads it
   preview ATTACK [options]         draw an attack's trigger, without training a backdoored model
+  clip [options]                   the same for images with captions: plant a backdoor in a dual encoder, and repair it
   list                             attacks, defenses, data sets and models
   list configs                     the options files that come with ulrl, by the names that --yaml_path and sweep take
 
@@ -53,7 +54,7 @@ Studies
 
 COMMANDS = {  # and the module, imported when it is asked for, with a function of that name
     "attack": "running", "defense": "running", "preview": "running", "compare": "running", "sweep": "running",
-    "purify": "own", "list": "listing",
+    "purify": "own", "list": "listing", "clip": "captioned",
     "inspect": "strangers", "convert": "strangers",
     "show": "showing", "results": "showing", "report": "showing", "plot": "showing",
 }  # fmt: skip
