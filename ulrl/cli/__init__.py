@@ -52,7 +52,9 @@ Studies
   report [FOLDER] --out FILE       the same as a page that opens in a browser, with a section per run
   plot FIGURE [FOLDER] --out FILE  a figure for a paper: asr-acc, heatmap, ranking or tsne"""
 
-COMMANDS = {  # and the module, imported when it is asked for, with a function of that name
+# And the module, imported when it is asked for, with a function of that name. It imports what takes seconds, such as
+# torch, when the arguments are found to be in order.
+COMMANDS = {
     "attack": "running", "defense": "running", "preview": "running", "compare": "running", "sweep": "running",
     "purify": "own", "list": "listing", "clip": "captioned",
     "inspect": "strangers", "convert": "strangers",
@@ -71,6 +73,4 @@ def _command(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; ulrl --help says what each does")
     module = importlib.import_module(f"ulrl.cli.{COMMANDS[name]}")
-    if "torch" in sys.modules:  # which a list does without
-        sys.modules["torch"].backends.cudnn.deterministic = True
     getattr(module, name if name != "list" else "list_")(rest)
