@@ -42,6 +42,7 @@ Records, which are backdoored models with what is needed to judge a repair
   inspect FILE                     what a record, checkpoint or weights file holds, without loading it
   convert RECORD --to safetensors  the same record without a pickle; --to pickle: as BackdoorBench reads it
   preview ATTACK [options]         draw an attack's trigger, without training a backdoored model
+  clip [options]                   the same for images with captions: plant a backdoor in a dual encoder, and repair it
   list                             attacks, defenses, sample detectors, data sets and models
   list configs                     the options files that come with ulrl, by the names that --yaml_path and sweep take
 
@@ -56,8 +57,7 @@ Studies
 # torch, when the arguments are found to be in order.
 COMMANDS = {
     "attack": "running", "defense": "running", "preview": "running", "compare": "running", "sweep": "running",
-    "purify": "own", "list": "listing",
-    "detect": "detecting",
+    "purify": "own", "list": "listing", "detect": "detecting", "clip": "captioned",
     "inspect": "strangers", "convert": "strangers",
     "show": "showing", "results": "showing", "report": "showing", "plot": "showing",
 }  # fmt: skip
