@@ -1,7 +1,7 @@
 """Known holes in what is installed:  .venv/bin/python sh/audit.py
 
-Asks pip-audit, which asks PyPI's database of advisories; leaves with 1 where it names one. Where no such database can be
-reached, as offline or by way of a mirror, one line says so, and it leaves with 0.
+Asks pip-audit, which asks PyPI's database of advisories; leaves with 1 where it names one. Where no such database can
+be reached, as offline or by way of a mirror, one line says so, and it leaves with 0.
 """
 
 from __future__ import annotations
