@@ -59,7 +59,9 @@ class Expected:
 EXPECTED = {
     "abl": Expected(asr=0.8, loss=0.6, ra=0.2, records=("badnet",)),  # of a few epochs
     "anp": Expected(asr=0.2, loss=0.3, records=("badnet",)),
+    "ban": Expected(asr=0.9, ra=0.1, records=("badnet",)),  # of a few epochs
     "bnp": Expected(asr=1.0, loss=0.15, ra=0.0, records=("badnet",)),  # from 0.09 to 0.98
+    "cbd": Expected(asr=0.8, loss=0.6, ra=0.2, records=("badnet",)),  # of a few epochs
     "clp": Expected(asr=1.0, loss=0.25, ra=0.0, records=("badnet",)),  # from 0.52 to 1
     "d3": Expected(asr=0.3, ra=0.0, records=("badnet",)),  # sends triggered images anywhere but to the target
     "detect_label": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",)),  # it repairs nothing
@@ -71,6 +73,7 @@ EXPECTED = {
     "i-bau": Expected(records=("badnet",)),  # a blended trigger is beyond the perturbation's bound
     "nad": Expected(),
     "nc": Expected(flags=("badnet",), records=("badnet",)),  # of a blended trigger it sometimes flags another class
+    "nft": Expected(asr=1.0, ra=0.0, records=("badnet",)),  # a blended trigger goes, a patch of two pixels stays
     "npd": Expected(asr=0.5, ra=0.1, records=("badnet",)),  # one branch of the last block is too late for a blended one
     "otbr": Expected(asr=1.0, loss=0.2, ra=0.0, records=("badnet",)),  # clean samples allow it next to nothing
     "rnp": Expected(asr=1.0, ra=0.0, records=("badnet",)),  # prunes all of it or, where validation allows none, nothing
