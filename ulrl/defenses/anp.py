@@ -23,7 +23,7 @@ from ulrl.defenses.masks import (
 )
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import Monitor, cross_entropy, fit, make_scheduler
+from ulrl.training import Monitor, cross_entropy, fit
 
 
 @register("anp")
@@ -81,7 +81,7 @@ class ANP(MaskPruning):
 
             optimizer = torch.optim.SGD([m.mask for m in on_scales], self.lr, self.sgd_momentum)
             fit(
-                model, batches, epochs, optimizer, make_scheduler(optimizer, "constant", epochs), monitor, "mask",
+                model, batches, epochs, optimizer, None, monitor, "mask",
                 amp=self.amp, objective=objective, after_step=lambda: clamp(on_scales),
             )  # fmt: skip
             values = [m.mask.detach() for m in on_scales]

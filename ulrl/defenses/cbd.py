@@ -60,10 +60,9 @@ class CBD(Defense):
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         """`clean` is the poisoned training set."""
         biased = fresh_weights(model, self.random_seed, "biased initialisation")
-        optimizer = self._optimizer(biased)
         fit(
-            biased, self.batches(clean, "bias"), self.bias_epochs, optimizer,
-            make_scheduler(optimizer, "constant", self.bias_epochs), monitor, "bias", amp=self.amp,
+            biased, self.batches(clean, "bias"), self.bias_epochs, self._optimizer(biased), None, monitor, "bias",
+            amp=self.amp,
         )  # fmt: skip
         model = fresh_weights(model, self.random_seed, "initialisation")
         heads = [find_head(net, clean.spec.num_classes, self.linear_name)[1] for net in (biased, model)]
