@@ -236,6 +236,8 @@ def test_pretrained_is_refused_where_there_are_no_weights(name: str, width: int 
 REFUSED = {
     "rnp": {"vgg19": "no normalisation layer"},
     "anp": {"vgg19": "no normalisation layer"},
+    "ban": {"vgg19": "no normalisation layer"},
+    "nft": {"vgg19": "no normalisation layer"},
     "bnp": {"vgg19": "has none", "vit_tiny": "has none", "convnext_tiny": "has none"},
     "nad": {"vit_tiny": "spatial stages"},
     "i-bau": {"mobilenet_v3_large": "second derivatives, which a layer of the model lacks"},  # torch's hardsigmoid
