@@ -1,11 +1,13 @@
 """Random damage at every reader:  python bench/fuzz.py --seconds 3600
 
 Whole files of each kind are damaged (bytes flipped, cut, doubled, swapped for telling values; pickles also on their
-own, with checksums that fit) and read. An input is a finding when the reader raises anything but a UserError, takes
-over two seconds of a processor, over a gigabyte, or ends its process. Batches run in forked processes, so that a
-finding ends only its own. The torch reader is tried inside `_reader`, whose own limits would otherwise hide what is
-slow or ends it (too little memory is a refusal there); some inputs go the whole way, through `load_torch` and
-`load_record`. bench/results/fuzz.json says how many inputs were tried, by kind, and what was found.
+own, with checksums that fit) and go through the door that they have: what reads them for a command, up to the page or
+the jobs that come of it. An input is a finding when that raises anything but a UserError, takes over two seconds of a
+processor (a sweep: twenty, as it may ask for 100,000 runs), over a gigabyte, or ends its process. Batches run in forked
+processes, so that a finding ends only its own. The torch reader is tried inside `reader`, whose own limits would
+otherwise hide what is slow or ends it (too little memory is a refusal there), and the whole way, in its child process,
+by `load_torch`, `load_record` and `ulrl inspect`. bench/results/fuzz.json says how many inputs were tried at each door,
+how many of these were refused, how much of a processor that took, and what was found.
 """
 
 from __future__ import annotations
@@ -31,20 +33,28 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # another takes a gigabyte of addresses, of no memory, at once
 
 import fabricated  # noqa: E402
 import peer_records as peer  # noqa: E402
 
+from ulrl.configure import DefenseRun  # noqa: E402
+from ulrl.converting import inspect_file  # noqa: E402
+from ulrl.data.cache import _map  # noqa: E402
 from ulrl.errors import UserError  # noqa: E402
 from ulrl.record import load_record  # noqa: E402
-from ulrl.untrusted import _reader  # noqa: E402
+from ulrl.report.page import render  # noqa: E402
+from ulrl.report.results import find_runs  # noqa: E402
+from ulrl.runs.defending import _clean_index  # noqa: E402
+from ulrl.sweep.grid import read_sweep  # noqa: E402
 from ulrl.untrusted.images import opened_image, read_png  # noqa: E402
-from ulrl.untrusted.texts import read_csv, read_json, read_yaml  # noqa: E402
+from ulrl.untrusted.reader import process  # noqa: E402
+from ulrl.untrusted.texts import read_yaml  # noqa: E402
 from ulrl.untrusted.torchfiles import load_torch  # noqa: E402
 from ulrl.untrusted.weights import load_weights  # noqa: E402
 
-BATCH = 100
-MEMORY, SECONDS = 1 << 30, 2
+BATCH = 25
+MEMORY, SECONDS, SWEEP_SECONDS = 1 << 30, 2, 20
 TELLING = [
     b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, b"\0" * 8, b"PK\3\4", b"PK\1\2", b"\x80\x02", b".", b"R", b"Q",
     b"b", b"\x85", b"}", b"(", b"t", b"q\x00", b"h\x00", b"-1", b"1e999", b"9" * 500, b"[" * 500, b"{", b"\x1b[2J",
@@ -55,9 +65,9 @@ Read = Callable[[Path, bytes], object]
 
 
 def in_reader(file: Path, content: bytes) -> object:
-    """As `_reader.main` does it, which answers all that is raised there, too little memory with it, by a refusal."""
+    """As `process.main` does it, which answers all that is raised there, too little memory with it, by a refusal."""
     try:
-        answer, _ = _reader.read(io.BytesIO(content), len(content))
+        answer, _ = process.read(io.BytesIO(content), len(content))
         return json.dumps(answer)
     except Exception as error:
         raise UserError(str(error)) from None
@@ -85,6 +95,19 @@ def record_with(file: Path, content: bytes) -> object:
     return load_record(folder)
 
 
+def result_with(file: Path, content: bytes) -> object:
+    """Into the page, unless it is left out, which is a refusal."""
+    folder = file.parent / "results" / "one"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / {".json": "result.json", ".csv": "neurons.csv"}[file.suffix]).write_bytes(content)
+    if file.suffix == ".csv":
+        (folder / "result.json").write_text(json.dumps(fabricated.result()))
+    runs, left_out = find_runs(folder.parent)
+    if left_out:
+        raise UserError(left_out[0])
+    return render(runs, left_out, folder.parent)
+
+
 def seeds(folder: Path) -> dict[str, list[tuple[bytes, str, Read]]]:
     """By kind of file: whole ones, the ending that they have, and what reads them."""
 
@@ -105,25 +128,29 @@ def seeds(folder: Path) -> dict[str, list[tuple[bytes, str, Read]]]:
         pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)).convert(mode)
         pixels.save(buffer := io.BytesIO(), form)
         pictures.append((buffer.getvalue(), form))
-    yamls = [file.read_bytes() for file in sorted((ROOT / "config").rglob("*.yaml"))]
+    sweeps = [file.read_bytes() for file in sorted((ROOT / "config" / "sweep").glob("*.yaml"))]
+    yamls = [file.read_bytes() for file in sorted((ROOT / "config").glob("*/*/*.yaml"))]
+    np.save(array := io.BytesIO(), np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
     result = json.dumps(fabricated.result()).encode()
+    table = b"class,change,z,flagged\n0,1.5,2.5,True\n1,0.5,-1,False\n"
     inside = folder.resolve()
     return {
         "torch file, in the reader": [(r, ".pt", in_reader) for r in [*records, saved(weights)]],
         "torch file, the whole way": [(r, ".pt", from_file(load_torch)) for r in records],
         "record": [(r, ".pt", record_with) for r in records],
+        "inspect": [(r, ".pt", from_file(inspect_file)) for r in [*records, saved(weights)]],
         "safetensors": [(safetensors.torch.save({k: w.contiguous() for k, w in weights.items()}), ".safetensors",
                          from_file(load_weights))],
-        "YAML": [(y, ".yaml", from_file(read_yaml)) for y in yamls],
-        "JSON": [(result, ".json", from_file(read_json))],
-        "CSV": [(b"class,change,z,flagged\n0,1.5,2.5,True\n1,0.5,-1,False\n", ".csv", from_file(read_csv))],
+        "options (YAML)": [(y, ".yaml", from_file(read_yaml)) for y in yamls],
+        "sweep file": [(y, ".yaml", from_file(lambda f: read_sweep(str(f)))) for y in sweeps],
+        "result, up to the page": [(result, ".json", result_with)],
+        "ranking (CSV), up to the page": [(table, ".csv", result_with)],
+        "index file": [(b"0 1 2 17\n99\n", ".txt", from_file(lambda f: _clean_index(DefenseRun(index=str(f)), 100)))],
+        "cached array": [(array.getvalue(), ".npy", from_file(lambda f: _map(f, (2, 3, 4))))],
         "image": [(p, f".{form.lower()}", from_file(decoded)) for p, form in pictures],
         "PNG of a record": [(p, ".png", from_file(lambda f: read_png(f, (6, 5), inside, gray=False)))
                             for p, form in pictures if form == "PNG"],
     }  # fmt: skip
-
-
-SLOW = {"torch file, the whole way", "record"}  # a process each
 
 
 def damaged(whole: bytes, rng: random.Random) -> bytes:
@@ -156,14 +183,15 @@ def pickle_damaged(whole: bytes, rng: random.Random) -> bytes:
         return file.read_bytes()
 
 
-def an_input(kind: str, corpus: list[tuple[bytes, str, Read]], rng: random.Random) -> tuple[bytes, str, Read]:
+def an_input(corpus: list[tuple[bytes, str, Read]], rng: random.Random) -> tuple[bytes, str, Read]:
     whole, ending, read = rng.choice(corpus)
     deep = whole[:2] == b"PK" and rng.random() < 0.7
     return (pickle_damaged if deep else damaged)(whole, rng), ending, read
 
 
-def batch(kind: str, corpus: list[tuple[bytes, str, Read]], seed: str, folder: Path, count: int, skip: int = 0) -> str:
-    """Read `count` inputs in a forked process; "" or what was wrong with the first that was not read well."""
+def batch(kind: str, corpus: list[tuple[bytes, str, Read]], seed: str, folder: Path) -> tuple[int, int, str]:
+    """Read BATCH inputs in a forked process: how many were tried, how many of these refused, and what was wrong with
+    the last of them, where it was neither read nor refused well: none is tried after it."""
     note = folder / "note"
     note.write_text("")
     child = os.fork()
@@ -171,29 +199,29 @@ def batch(kind: str, corpus: list[tuple[bytes, str, Read]], seed: str, folder: P
         own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, own + MEMORY))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        rng = random.Random(seed)
-        for i in range(count):
-            content, ending, read = an_input(kind, corpus, rng)
-            if i < skip:
-                continue
+        rng, refused = random.Random(seed), 0
+        for i in range(BATCH):
+            content, ending, read = an_input(corpus, rng)
             (folder / "current").write_bytes(content)
-            note.write_text(f"{i} ended its process")
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            note.write_text(f"{i} {refused} ended its process")
+            signal.setitimer(signal.ITIMER_PROF, SWEEP_SECONDS if kind == "sweep file" else SECONDS)
             try:
                 read(folder / f"input{ending}", content)
             except UserError as error:
+                refused += 1
                 if not str(error).isprintable() or len(str(error)) > 400:
-                    note.write_text(f"{i} has a message that is not printable")
+                    note.write_text(f"{i} {refused} has a message that is not printable")
                     os._exit(1)
             except BaseException as error:
-                note.write_text(f"{i} raises {type(error).__name__}: {error}"[:300])
+                note.write_text(f"{i} {refused} raises {type(error).__name__}: {error}"[:300])
                 os._exit(1)
             signal.setitimer(signal.ITIMER_PROF, 0)
-        note.write_text("")
+        note.write_text(f"{BATCH - 1} {refused} ")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    return "" if code == 0 else f"{note.read_text()} (exit {code})"
+    last, refused, wrong = note.read_text().split(" ", 2)
+    return int(last) + 1, int(refused), wrong and f"{wrong} (exit {code})"
 
 
 def main() -> None:
@@ -204,27 +232,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tried: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
     found: list[dict[str, str]] = []
     start, number = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpora = seeds(folder)
-        while (spent := time.monotonic() - start) < args.seconds:
+        while time.monotonic() - start < args.seconds:
             number += 1
             for kind, corpus in corpora.items():
-                if kind in SLOW and number % 5:
-                    continue
-                count = 5 if kind in SLOW else BATCH
                 seed = f"{args.seed} {number} {kind}"
-                wrong = batch(kind, corpus, seed, folder, count)
-                tried[kind] += count
+                yes, no, wrong = batch(kind, corpus, seed, folder)
+                tried[kind] += yes
+                refused[kind] += no
                 if wrong:
                     content = (folder / "current").read_bytes()
-                    found.append({"kind": kind, "wrong": wrong, "seed": seed, "input": content[:4000].hex()})
+                    found.append({"door": kind, "wrong": wrong, "seed": seed, "input": content[:4000].hex()})
                     print(f"{kind}: {wrong}", flush=True)
-            about = {"seconds": round(spent), "inputs": sum(tried.values()), "tried": dict(tried), "found": found}
-            args.out.write_text(json.dumps(about, indent=1) + "\n")
-    print(f"{sum(tried.values())} inputs in {time.monotonic() - start:.0f} s, {len(found)} findings: {dict(tried)}")
+                spent = {"seconds": round(time.monotonic() - start), "cpu": round(sum(os.times()[:4]))}
+                about = {**spent, "inputs": tried.total(), "tried": tried, "refused": refused, "found": found}
+                args.out.write_text(json.dumps(about, indent=1) + "\n")
+    print(f"{tried.total()} inputs in {spent['seconds']} s ({spent['cpu']} s of a processor), {len(found)} findings")
+    for kind, count in tried.items():
+        print(f"  {kind}: {count}, {refused[kind]} of them refused")
 
 
 if __name__ == "__main__":

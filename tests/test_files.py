@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,6 @@ def test_leftovers_of_a_killed_run_are_cleared_or_recovered(tmp_path: Path) -> N
         write(folder, "new")
     assert (folder / "a.txt").read_text() == "old"
     outside.mkdir()
-    (tmp_path / ".x.partial").rename(tmp_path / "junk")
     (tmp_path / ".x.partial").symlink_to(outside)
     write(folder, "new", overwrite=True)
     assert [p.name for p in folder.iterdir()] == ["a.txt"]
@@ -88,6 +89,37 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
     assert (folder / "a.txt").read_text() == "first"
 
 
+def test_many_writers_of_one_name_never_mix_nor_lose_what_one_has_finished(tmp_path: Path) -> None:
+    folder, wrong, finished = tmp_path / "new" / "x", [], []
+
+    def writer(me: int) -> None:
+        for turn in range(40):
+            try:
+                with whole_folder(folder, overwrite=turn > 0) as partial:
+                    (partial / "a.txt").write_text(f"{me} {turn}")
+                    time.sleep(0.0005)
+                    if turn % 8 == 7:
+                        raise OSError("disk full")
+                    (partial / "b.txt").write_text(f"{me} {turn}")
+                    found = sorted((p.name, p.read_text()) for p in partial.iterdir())
+                    if found != [("a.txt", f"{me} {turn}"), ("b.txt", f"{me} {turn}")]:
+                        wrong.append(found)
+                finished.append(turn)
+            except UserError:
+                time.sleep(0.0005)
+            except OSError as error:
+                if str(error) != "disk full":
+                    wrong.append(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(writer, range(8)))
+    assert not wrong
+    assert finished.count(0) == 1, "the first writes it, and the others do not replace it"
+    assert len(finished) > 1
+    assert (folder / "a.txt").read_text() == (folder / "b.txt").read_text()
+    assert [p.name for p in folder.parent.iterdir()] == ["x"]
+
+
 def test_a_folder_is_written_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on NFS, whose locks are only for what is open for writing."""
 
@@ -120,3 +152,18 @@ def test_a_kept_folder_outlives_a_failure_and_an_overwriting(tmp_path: Path) -> 
     (folder / "learned" / "link.pt").symlink_to(secret)
     assert run(overwrite=True) == ["a.pt", "learned"], "a link is not followed"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.txt", "x"]
+
+
+def test_home_is_the_checkout_and_no_folder_that_merely_has_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an installed package there may be another one of the name `config`."""
+    monkeypatch.delenv("ULRL_HOME", raising=False)
+    assert home() == Path(__file__).resolve().parent.parent
+    packages, elsewhere = tmp_path / "site-packages", tmp_path / "elsewhere"
+    for folder in (packages / "config", packages / "ulrl" / "config", packages / "record", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("ulrl.files.PACKAGE_ROOT", packages)
+    monkeypatch.chdir(elsewhere)
+    assert home() == elsewhere
+    assert not find_input("record").exists()

@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from ulrl.errors import UserError
 from ulrl.untrusted.opening import kind
 
@@ -39,14 +37,23 @@ def home() -> Path:
         if os.path.exists(chosen) and not os.path.isdir(chosen):
             raise UserError(f"ULRL_HOME is {chosen}, which is no folder; name one that holds record/ and data/")
         return Path(chosen).resolve()
-    return PACKAGE_ROOT if (PACKAGE_ROOT / "config").is_dir() else Path.cwd()
+    return checkout() or Path.cwd()
+
+
+def checkout() -> Path | None:
+    """The checkout that this package lies in; None where it is installed.
+
+    In a checkout ulrl/config is a link to config/. That other packages have a `config` beside this one says nothing.
+    """
+    ours, beside = PACKAGE_ROOT / "ulrl" / "config", PACKAGE_ROOT / "config"
+    return PACKAGE_ROOT if beside.is_dir() and ours.is_dir() and ours.samefile(beside) else None
 
 
 def find_input(path: str | os.PathLike[str]) -> Path:
     """A file or folder named by the user: relative to the current directory, else to `home()`, else to
     the checkout, which has `config/`."""
     given = Path(path).expanduser()
-    places = [given] if given.is_absolute() else [given, home() / given, PACKAGE_ROOT / given]
+    places = [given] if given.is_absolute() else [given, home() / given, (checkout() or home()) / given]
     return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
 
 
@@ -97,13 +104,15 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
     """
     partial = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and not folder.exists():  # killed between the two renames below
-        os.replace(replaced, folder)
     if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
+        raise _exists(folder)
     new_parent = not folder.parent.exists()
-    lock = _claim(partial, folder, keep)
+    lock = _claim(partial, folder)
     try:
+        _take_back(replaced, folder)  # from a run that was killed between the two renames below
+        if folder.exists() and not overwrite:  # by now
+            raise _exists(folder)
+        _empty(partial, keep)
         if keep and (folder / keep).is_dir() and not (folder / keep).is_symlink() and not (partial / keep).exists():
             shutil.copytree(folder / keep, partial / keep, ignore=_links)
         yield partial
@@ -111,12 +120,23 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
             _remove(replaced)
             os.replace(folder, replaced)
         os.replace(partial, folder)
+    except BaseException:
+        _take_back(replaced, folder)
+        if _is_at(partial, lock):
+            _empty(partial, keep)
+            with contextlib.suppress(OSError):  # not empty
+                partial.rmdir()
+                if new_parent:
+                    folder.parent.rmdir()
+        raise
+    else:
         _remove(replaced)
     finally:
-        os.close(lock)
-        _empty(partial, keep)
-        if new_parent and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+        os.close(lock)  # last: until then, no other run touches what is under these names
+
+
+def _exists(folder: Path) -> UserError:
+    return UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
 
 
 def open_lock(path: Path) -> TextIO:
@@ -177,22 +197,37 @@ def _taken(descriptor: int) -> bool:
     return True
 
 
-def _claim(partial: Path, folder: Path, keep: str) -> int:
-    """Make `partial` afresh and lock it, so that a second run of the same name cannot write into it."""
-    if partial.is_dir() and not partial.is_symlink():
-        left = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _claim(partial: Path, folder: Path) -> int:
+    """Lock `partial`, made where it is not there, so that a second run of the same name cannot write into it."""
+    for left in reversed(range(100)):
+        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+            partial.unlink(missing_ok=True)
         try:
-            if not _taken(left):  # it is free when its run was killed
-                raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
-        finally:
-            os.close(left)
-    _empty(partial, keep)
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    if not _taken(lock):
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except (FileNotFoundError, FileExistsError):  # the run that had it has just ended
+            if left:
+                continue
+            raise
+        free = _taken(lock)  # so it is where its run was killed
+        if free and _is_at(partial, lock):
+            return lock
         os.close(lock)
-        raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
-    return lock
+        if not free:
+            break
+    raise UserError(f"another run is writing {folder}; wait for it, or choose another name")
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether what is open there still has this name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    return False
+
+
+def _take_back(replaced: Path, folder: Path) -> None:
+    if replaced.exists() and not folder.exists():
+        os.replace(replaced, folder)
 
 
 def _lock(folder: int, how: int) -> None:
@@ -205,12 +240,9 @@ def _lock(folder: int, how: int) -> None:
 
 
 def _empty(partial: Path, keep: str) -> None:
-    """Remove all but the sub-folder `keep`, and the folder itself when that leaves nothing."""
-    if partial.is_symlink() or not keep or not (partial / keep).is_dir() or (partial / keep).is_symlink():
-        _remove(partial)
-        return
+    """Remove all but the sub-folder `keep`."""
     for entry in partial.iterdir():
-        if entry.name != keep:
+        if entry.name != keep or entry.is_symlink() or not entry.is_dir():
             _remove(entry)
 
 
@@ -228,6 +260,8 @@ def _remove(path: Path) -> None:
 
 def save_torch(content: Any, path: Path) -> None:
     """`torch.save`, by way of memory: a full disk is then an OSError, where torch's writer has its own."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())

@@ -198,7 +198,7 @@ def fit(
     batches: Batches,
     epochs: int,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     monitor: Monitor,
     stage: str,
     *,
@@ -212,9 +212,13 @@ def fit(
 ) -> bool:
     """Train `model` in place, for `epochs` passes over `batches`.
 
-    objective: given (model, x, y) under autocast, the scalar to minimise and which samples were right
-    (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm. after_step:
-    called when the weights have moved. stop: given the epoch's training accuracy (on the augmented images,
+    The first seven say what is trained, on what and for how long: every stage has them, each made otherwise.
+    The others are where methods differ within a step. No method has more than three of these besides `amp`, so a
+    bundle of them would be made and opened again for one or two.
+
+    scheduler: None: a constant rate. objective: given (model, x, y) under autocast, the scalar to minimise and which
+    samples were right (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm.
+    after_step: called when the weights have moved. stop: given the epoch's training accuracy (on the augmented images,
     summed while the weights move), says whether to end there.
 
     Returns whether `stop` ended the training. The model is left in train mode.
@@ -253,7 +257,7 @@ def fit(
             loss_mean, accuracy = loss_sum / count, hit_sum / count
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(loss_mean)
-            else:
+            elif scheduler is not None:
                 scheduler.step()
             if not math.isfinite(loss_mean):
                 raise UserError(

@@ -124,8 +124,11 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     return final, result
 
 
-def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, dict[str, Any]]:
-    """As `run_defense`, or what is there of such a run, if its options are the same.
+def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, bool]:
+    """As `run_defense`, or not at all where such a run with the same options is there: its folder, and whether it was
+    run now.
+
+    What is there may have come with the record, so it is a stranger's.
 
     Raises:
         UserError: as `run_defense`, so where there is one with other options and `run` does not overwrite.
@@ -133,10 +136,11 @@ def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = T
     folder = record.folder / "defense" / (run.save_folder_name or defense.name)
     if not run.overwrite:
         with contextlib.suppress(UserError, KeyError, TypeError):  # absent, or not one of ours
-            result: dict[str, Any] = read_json(folder / "result.json", record.folder.resolve())
+            result = read_json(folder / "result.json", record.folder.resolve())
             if result["options"] == json.loads(json.dumps(result_options(defense, run))):
-                return folder, result
-    return run_defense(defense, record, run, bar=bar)
+                log.info("%s is there already, and was not run again", folder)
+                return folder, False
+    return run_defense(defense, record, run, bar=bar)[0], True
 
 
 def _target(poisoned: PoisonedSet) -> int | None:
