@@ -35,6 +35,10 @@ def detect(argv: Sequence[str]) -> None:
     flags = (detection_schema(one) if one else Schema(DetectionRun)).flags(argv, "ulrl detect RECORD", about)
     if not names:
         raise UserError("say what to look for: --samples, or --samples NAME; ulrl list names the sample detectors")
+    if "result_file" in flags:
+        raise UserError(f"--result_file would have no effect: the record is {named}, named first; leave it out")
+    if "save_folder_name" in flags and one is None:
+        raise UserError("--save_folder_name names one folder, and each of several detectors has its own; leave it out")
     record = find_record(named)
     runs = [configure_detector(name, flags, record.dataset, record.model_name) for name in names]
     for name, (_, run) in zip(names, runs, strict=True):
