@@ -3,8 +3,8 @@
     python -m bench.exposure --records badnet3,clean0 --triggers badnet3 --picture triggers.png
 
 For each record and each way of unlearning: the label that most clean samples are then given, its share, the spread of
-the shares, and what is left of ASR. For those of `--triggers`: Neural Cleanse on the original beside the same inversion on
-the model exposed by EBYD's way, for the true target, with a fifth of the clean samples; the last one is drawn.
+the shares, and what is left of ASR. For those of `--triggers`: Neural Cleanse on the original beside the same inversion
+on the model exposed by EBYD's way, for the true target, with a fifth of the clean samples; the last one is drawn.
 """
 
 from __future__ import annotations
