@@ -236,6 +236,8 @@ def test_pretrained_is_refused_where_there_are_no_weights(name: str, width: int 
 REFUSED = {
     "rnp": {"vgg19": "no normalisation layer"},
     "anp": {"vgg19": "no normalisation layer"},
+    "ban": {"vgg19": "no normalisation layer"},
+    "nft": {"vgg19": "no normalisation layer"},
     "bnp": {"vgg19": "has none", "vit_tiny": "has none", "convnext_tiny": "has none"},
     "nad": {"vit_tiny": "spatial stages"},
     "i-bau": {"mobilenet_v3_large": "second derivatives, which a layer of the model lacks"},  # torch's hardsigmoid
@@ -273,7 +275,7 @@ def test_defense_on_every_architecture(name: str, method: str) -> None:
 @pytest.mark.parametrize("method", sorted(set(DEFENSES) - {"ulrl", "rnp", "ft"}))
 @pytest.mark.parametrize("name", WITH_NORMS)
 def test_every_other_defense_works_or_says_why(name: str, method: str) -> None:
-    few = {"isolation_ratio": 0.25} if method == "abl" else {}
+    few = {"abl": {"isolation_ratio": 0.25}, "b3d": {"queries": 800, "draws": 10}}.get(method, {})
     works_or_says_why(method, name, **few)
 
 
