@@ -184,6 +184,7 @@ class Lab:
     folder: Path
     rng: random.Random
     rows: list[dict[str, object]]
+    times: int
     base: Path = field(init=False)
     whole: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
 
@@ -240,11 +241,11 @@ class Lab:
 
 
 def kills(lab: Lab, what: str) -> None:
-    """Ten that hit it running; every second one hits the first process only, whose children have to follow it."""
+    """Every second one hits the first process only, whose children have to follow it."""
     wanted, length = lab.undisturbed(what)
     lost: list[str] = []
     hits = 0
-    while hits < 10:
+    while hits < lab.times:
         home = lab.home()
         before, begin = units(home), time.monotonic()
         process = forked(COMMANDS[what], home)
@@ -381,7 +382,7 @@ def stops(lab: Lab, what: str) -> None:
     """From the start on, imports included; what is measured is from the signal to the end."""
     for sig in (signal.SIGINT, signal.SIGTERM):
         lost, took = [], []
-        for _ in range(3):
+        for _ in range(max(1, lab.times // 3)):
             home = lab.home()
             if what == "report":
                 for i in range(20):
@@ -457,13 +458,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=TRIES, action="append", help="one of the faults; all where not given")
     parser.add_argument("--commands", default="", help="names with commas between; all where not given")
+    parser.add_argument("--times", type=int, default=10, help="kills of each command, and a third as many stops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "faults.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(args.out.read_text()) if args.only and args.out.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder), random.Random(args.seed), rows)
+        lab = Lab(Path(folder), random.Random(args.seed), rows, args.times)
         for name in args.only or TRIES:
             for what in {"stops": LONG, "ray": ["sweep"]}.get(name, COMMANDS):
                 if not args.commands or what in args.commands.split(","):
