@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.jobs import CleanNetsAgainJob, CleanNetsJob, ReactivationJob, RepairJob, TruthJob
-from bench.tables import gather, report
+from bench.tables import REPAIRS_NOTHING, gather, report
 from bench.victims import PROFILES, chosen, jobs_of, start, took_of, victim_of
 from ulrl.configure import configure_defense
 from ulrl.data.datasets import load_dataset
@@ -30,13 +30,12 @@ from ulrl.sweep.jobs import AttackJob, Job, State, state
 from ulrl.sweep.local import LocalEngine
 from ulrl.sweep.scheduler import run_jobs
 
-# The quick ones first. Any other that is registered comes after them.
-ORDER = "clp bnp fst ulrl nad rnp rnp:ours npd tsbd fp ft ft-sam i-bau nc sau anp abl".split()
-REPAIRS_NOTHING = ("detect_label",)
+# The quick ones first, so that the table fills evenly. Any other that is registered comes after them.
+ORDER = "clp bnp fst nad ulrl rnp rnp:ours harden ft i-bau fp npd tsbd ft-sam sau nc anp abl".split()
 RATIOS = {"cpu": (0.01, 0.05), "gpu": (0.01, 0.05), "smoke": (0.1,)}
 SUBSETS = 3
 IBAU_STEPS = 250  # its authors': 5 rounds of 50 batches
-MEASURES = ("repair", "reach", "reactivation")
+MEASURES = ("repair", "reach", "truth", "reactivation")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,10 @@ def repair_job(record: AttackJob, defense: str, ratio: float, subset: int, clean
 
 
 def jobs_for(plan: Plan) -> Iterator[Job]:
-    """The records, then subset by subset and defense by defense, so that a part of it is a table of all records."""
+    """The records, then subset by subset and defense by defense, so that a part of it is a table of all records.
+
+    Of each subset the repairs come first, then what fine-tuning on the true trigger reaches, then re-activation.
+    """
     yield from plan.records
     victims = [record for record in plan.records if victim_of(record)]
     images = len(load_dataset(plan.records[0].run.dataset)[0]) if plan.records else 0
@@ -102,21 +104,24 @@ def jobs_for(plan: Plan) -> Iterator[Job]:
             )  # fmt: skip
     for subset in range(plan.subsets):
         for ratio in plan.ratios:
-            for defense in plan.defenses:
-                for record in plan.records:
-                    repair = repair_job(record, defense, ratio, subset, round(ratio * images))
-                    if "repair" in plan.measures or repair.done():
-                        yield repair
-                        if "reactivation" in plan.measures and victim_of(record):
-                            yield ReactivationJob(
-                                name=f"{repair.name}/reactivation", needs=repair.name, alike=("reactivation",),
-                                record=record.name, clean_nets=plan.clean, repaired=repair.name, small=True,
-                            )  # fmt: skip
-            for record in victims if "reach" in plan.measures else ():
+            repairs = [
+                (record, repair_job(record, defense, ratio, subset, round(ratio * images)))
+                for defense in plan.defenses
+                for record in plan.records
+            ]
+            repairs = [(record, job) for record, job in repairs if "repair" in plan.measures or job.done()]
+            yield from (job for _, job in repairs)
+            for record in victims if "truth" in plan.measures else ():
                 yield TruthJob(
                     name=f"{record.name}/reach/truth_r{ratio:g}_c{subset}", needs=record.name, alike=("truth",),
                     record=record.name, attack=record.attack, ratio=ratio, subset=subset, small=True,
                 )  # fmt: skip
+            for record, job in repairs if "reactivation" in plan.measures else ():
+                if record in victims:
+                    yield ReactivationJob(
+                        name=f"{job.name}/reactivation", needs=job.name, alike=("reactivation",),
+                        record=record.name, clean_nets=plan.clean, repaired=job.name, small=True,
+                    )  # fmt: skip
 
 
 def planned(args: argparse.Namespace, jobs: Mapping[str, AttackJob]) -> Plan:

@@ -1,12 +1,15 @@
 """Do we repair as the releases do?  python -m bench.release_agreement --backdoorbench DIR [--ulrl DIR] [--fst DIR]
 
-Each DIR is a checkout of theirs, whose code is run as it is, patched only to start (see bench/release_speed.py, whose
-launcher this is), from a scratch folder; what has no checkout is left out. There fashion_scenes lies as CIFAR-10's
-files, which all of them read, and beside it one BadNets record of ours (PreAct-ResNet18 of standard width). Both sides
-repair it with the same clean images (FST's script takes no list, and draws its own), seeds and options: those of the
-release's YAML file, which ours reads too. Both repaired models are judged by our judge on the same test
-images; where the release saves another model than the one it made (NC, NPD), by the figures of its own table. A run
-that is there is kept with --scratch, so a stopped one goes on.
+Each DIR is a checkout of theirs, whose code is run from a scratch folder, patched to start (see bench/release_speed.py,
+whose launcher this is), to have the record's width, and to judge less: of a test set its own judging sees the first
+batch alone, or, where it chooses by it, the first eight; where its table is all that it leaves (NC, NPD), everything.
+What has no checkout is left out. In the scratch folder fashion_scenes lies as CIFAR-10's files, which all of them
+read, and beside it one BadNets record of ours, whose model is trained there or is that of a victim of the bench
+(--victim). Both sides repair it with the same clean images (the scripts of FST, FT-SAM and NPD take no list, and draw
+as many of their own), seeds and options: those of the release's YAML file, which ours reads too; with --epochs its
+cosine ends with them. Both repaired models are judged by our judge on the same test images; where the release saves
+another model than the one it made (NC, NPD), by the figures of its own table. A run that is there is kept with
+--scratch, so a stopped one goes on.
 
 A figure is said to differ where the means are further apart than twice the standard error of the seeds.
 """
@@ -30,6 +33,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from bench.pages import RESULTS, interval, percent, write_block, write_csv
 from bench.release_speed import FST_RECORD, LAUNCHER, ROOT, write_batches
@@ -37,14 +41,27 @@ from bench.victims import start
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet
 from ulrl.errors import UserError
+from ulrl.files import save_torch
 from ulrl.machine import pick_device
 from ulrl.models import load_model
-from ulrl.record import Record, load_record
+from ulrl.record import Record, find_record, load_record
 from ulrl.training import judge
 from ulrl.untrusted.torchfiles import load_torch
 
 DATA = Path("data/cifar10/cifar-10-batches-py")
 FIGURES = ("acc", "asr", "ra")
+CHOOSES = 8  # test batches that a release sees which chooses by them
+
+# Into the launcher of theirs, before the script runs: their PreAct-ResNet18 at another width, and short tests.
+PATCH = """
+import itertools, re, models.preact_resnet as nets
+source = pathlib.Path(nets.__file__).read_text()
+exec(re.sub(r"\\b(64|128|256|512)\\b", lambda found: str(int(found[0]) * {width} // 64), source), vars(nets))
+Loader, batches = torch.utils.data.DataLoader, int(os.environ["TEST_BATCHES"])
+whole = Loader.__iter__
+tests = lambda loader: batches and {test_images} >= len(loader.dataset) >= {test_images} // 2
+Loader.__iter__ = lambda self: itertools.islice(whole(self), batches) if tests(self) else whole(self)
+"""
 
 
 @dataclass(frozen=True)
@@ -59,14 +76,15 @@ class Release:
     yaml: str = "config/defense/{method}/config.yaml"
     epochs: str = "--epochs {epochs}"  # the flags that --epochs sets, on both sides
     saves_another: bool = False
+    batches: int = 1  # of the test sets, that its own judging sees; 0: all
     known: str = ""
 
 
 RELEASES = {
     "ulrl": Release("ulrl", epochs="--unlearning_epochs {epochs} --relearn_epochs {epochs}",
                     known="the release keeps the two lowest suspicious classes, ours the two highest scores"),
-    "ft": Release(known="the cosine ends with the epochs here, at epoch 100 there"),
-    "ft-sam": Release(known="the release's cosine moves with each batch"),
+    "ft": Release(),
+    "ft-sam": Release(known="the release's cosine moves with each batch, and it draws its own clean images"),
     "fst": Release("fst", ours="--epochs 10 --lr 0.01 --alpha 0.1 --batch_size 128", yaml="",
                    theirs="--ft_mode fst --attack badnet --pratio 0.1 --model preactresnet18 --split_ratio 0.01 "
                    "--lr 0.01 --alpha 0.1 --epochs 10 --save",
@@ -74,24 +92,30 @@ RELEASES = {
                    known="the release draws its own clean images"),
     "nad": Release(epochs="--te_epochs {epochs} --epochs {epochs}",
                    known="the release's third map has one pixel, and so no effect; its student takes te_epochs"),
-    "anp": Release(epochs="--nb_iter {epochs}",
+    "anp": Release(epochs="--nb_iter {epochs}00", theirs="--print_every {epochs}00", batches=CHOOSES,
                    known="the release chooses on test ASR, and its noise reaches twice anp_eps"),
-    "fp": Release(known="the release prunes by test accuracy and keeps the first model that lost too much"),
+    "fp": Release(batches=CHOOSES,
+                  known="the release prunes by test accuracy and keeps the first model that lost too much"),
     "clp": Release(epochs="", known="the release pairs a BatchNorm with the convolution listed before it"),
     "bnp": Release(epochs="", known="the release compares with poisoned data, and in one batch"),
-    "nc": Release(saves_another=True, epochs="--nc_epoch {epochs} --epochs {epochs}",
+    "nc": Release(saves_another=True, batches=0, epochs="--nc_epoch {epochs} --epochs {epochs}",
                   known="the release saves the backdoored model; its table is of the repaired one"),
-    "i-bau": Release(epochs="--n_rounds {epochs}", known="ours bounds the perturbation, as the paper does"),
-    "sau": Release(epochs="--n_rounds {epochs}", known="ours augments the clean images, the release does not"),
-    "npd": Release(saves_another=True, known="the layer stands before a convolution there, behind it here"),
-    "rnp": Release(epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
-                   known="the release prunes at 0.7 always; ours chooses on clean validation data"),
+    "i-bau": Release(epochs="--n_rounds {epochs}",
+                     known="BackdoorBench's perturbation is of normalised values, without bound; ours is of pixels, "
+                     "as its authors', and within the paper's bound"),
+    "sau": Release(epochs="--n_rounds {epochs}", known="ours ends the attack after all its steps"),
+    "npd": Release(saves_another=True, batches=0,
+                   known="the layer stands before a convolution there, behind it here; the release draws its images"),
+    "rnp": Release(ours="--pruning_number 0.7", batches=CHOOSES,
+                   epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
+                   known="both prune at 0.7, its only value; ours sets a tenth aside and bounds the ascent"),
 }  # fmt: skip
 
 
 def prepare(scratch: Path, args: argparse.Namespace) -> None:
-    """The data and the record, unless they are there."""
-    (scratch / "launch.py").write_text(LAUNCHER.format(root=str(ROOT)))
+    """The data, the record and the launchers of both sides, unless they are there."""
+    launcher = LAUNCHER.format(root=str(ROOT))
+    (scratch / "launch.py").write_text(launcher)
     base = scratch / DATA
     if not base.exists():
         train, test = load_dataset("fashion_scenes")
@@ -99,9 +123,19 @@ def prepare(scratch: Path, args: argparse.Namespace) -> None:
             base, (train.images[:50_000].numpy(), train.labels[:50_000].numpy()),
             (test.images[: args.test_images].numpy(), test.labels[: args.test_images].numpy()),
         )  # fmt: skip
+    victim = find_record(args.victim).state_dict if args.victim else None
     if not (scratch / "record" / "badnet" / "result.json").exists():
-        flags = f"--train_samples {args.train_samples} --epochs {args.train_epochs} --lr 0.05 --attack_target 3"
-        _run(scratch, ROOT / "attack" / "badnet.py", *flags.split(), "--save_folder_name", "badnet", "--overwrite")
+        samples, epochs = (256, 1) if victim else (args.train_samples, args.train_epochs)
+        flags = f"--train_samples {samples} --epochs {epochs} --lr 0.05 --attack_target 3 --save_folder_name badnet"
+        width = f"--width {len(victim['conv1.weight'])}" if victim else ""
+        _run(scratch, ROOT / "attack" / "badnet.py", *flags.split(), *width.split(), "--overwrite")
+    saved = scratch / "record" / "badnet" / "attack_result.pt"
+    if victim:
+        content = load_torch(saved)
+        save_torch({**content, "model": victim}, saved)
+    width = len(load_torch(saved)["model"]["conv1.weight"])
+    patch = PATCH.format(width=width, test_images=args.test_images)
+    (scratch / "launch_theirs.py").write_text(launcher.replace("runpy.run_path", patch.lstrip() + "runpy.run_path"))
     place = scratch / FST_RECORD
     if not place.is_symlink():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -122,38 +156,49 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
         index.write_text("".join(f"{i}\n" for i in order[: args.clean_samples].tolist()))
     epochs = release.epochs.format(epochs=args.epochs) if args.epochs else ""
     common = f"--result_file badnet --random_seed {seed} {epochs}"
-    if release.yaml:
-        common += f" --yaml_path {checkout / release.yaml.format(method=method)}"
+    given = checkout / release.yaml.format(method=method) if release.yaml else None
+    of_yaml = f"--yaml_path {given}" if given else ""
     of_index = f" --index {index}"
     folder = f"ours_{method}_{seed}"
-    flags = f"{common} {release.ours} {of_index} --save_folder_name {folder} --overwrite"
+    flags = f"{common} {of_yaml} {release.ours} {of_index} --save_folder_name {folder} --overwrite"
     _run(scratch, ROOT / "defense" / f"{method}.py", *flags.split())
     ours = json.loads((record / "defense" / folder / "result.json").read_text())["after"]
 
+    theirs = release.theirs if args.epochs or "{" not in release.theirs else ""
+    theirs = theirs.format(epochs=args.epochs)
     made = record / "defense" / method
     shutil.rmtree(made, ignore_errors=True)
     if release.checkout == "fst":
-        flags = f"{release.theirs} --random_seed {seed} {epochs}"
+        flags = f"{theirs} --random_seed {seed} {epochs}"
     else:
-        flags = f"{common} {of_index if method != 'clp' else ''} {release.theirs} --num_workers 0"
-    _run(scratch, checkout / release.script.format(method=method), *flags.split(), folder=release.folder)
-    theirs = _by_table(made, method) if release.saves_another else judged(load_record(record), made)
-    figures = {side: {k: result[k] for k in FIGURES} for side, result in (("ours", ours), ("theirs", theirs))}
+        assert given is not None
+        values = {**yaml.safe_load(given.read_text()), "ratio": args.clean_samples / 50_000}
+        if args.epochs:
+            values["cos_t_max"] = args.epochs
+        same = scratch / f"{method}.yaml"
+        same.write_text(yaml.safe_dump(values))
+        flags = f"{common} --yaml_path {same} {of_index if method != 'clp' else ''} {theirs} --num_workers 0"
+    script = checkout / release.script.format(method=method)
+    _run(scratch, script, *flags.split(), folder=release.folder, test_batches=release.batches)
+    if release.saves_another:
+        their_figures = _by_table(made, method)
+    else:
+        saved = load_torch(made / "defense_result.pt")
+        their_figures = judged(load_record(record), saved.get("model", saved))  # FST's are bare
+    figures = {side: {k: result[k] for k in FIGURES} for side, result in (("ours", ours), ("theirs", their_figures))}
     done.parent.mkdir(exist_ok=True)
     done.write_text(json.dumps(figures))
     return figures
 
 
-def judged(record: Record, made: Path) -> dict[str, Any]:
-    """The model that a release saved, by our judge."""
+def judged(record: Record, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The record's model with these weights, by our judge."""
     device = pick_device("auto")
     spec = dataset_spec(record.dataset)
     # Our own file; read as CIFAR-10 it would not have the publisher's checksum.
     held = pickle.loads((record.folder.parent.parent / DATA / "test_batch").read_bytes())
     images = torch.from_numpy(held["data"]).view(-1, 3, 32, 32)
     test = ImageSet(images, torch.tensor(held["labels"]), spec).to(device)
-    saved = load_torch(made / "defense_result.pt")
-    weights = saved.get("model", saved)  # FST's are bare
     model = load_model(record.model_name, record.num_classes, weights, spec.channels).to(device)
     return vars(judge(model, test, record.poisoned_test(spec).to(device)))
 
@@ -167,11 +212,13 @@ def _by_table(made: Path, method: str) -> dict[str, float]:
     return {k: float(last[f"test_{k}"]) for k in FIGURES}
 
 
-def _run(scratch: Path, script: Path, *flags: str, folder: str = "") -> None:
+def _run(scratch: Path, script: Path, *flags: str, folder: str = "", test_batches: int | None = None) -> None:
+    """A script of ours or, with the number of test batches that it may see, of theirs."""
+    launcher = "launch.py" if test_batches is None else "launch_theirs.py"
     where = ("--dataset", "cifar10", "--device", "cuda" if torch.cuda.is_available() else "cpu")
     done = subprocess.run(
-        [sys.executable, str(scratch / "launch.py"), str(script), *flags, *where],
-        cwd=scratch / folder, env={**os.environ, "ULRL_HOME": str(scratch)},
+        [sys.executable, str(scratch / launcher), str(script), *flags, *where],
+        cwd=scratch / folder, env={**os.environ, "ULRL_HOME": str(scratch), "TEST_BATCHES": str(test_batches)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:
@@ -208,9 +255,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backdoorbench", type=Path, help="checkout of BackdoorBench")
     parser.add_argument("--methods", nargs="+", choices=RELEASES, default=[*RELEASES])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="of each stage (of ANP, steps); else the release's own")
+    parser.add_argument("--epochs", type=int, help="of each stage (of ANP, hundreds of steps); else the release's")
     parser.add_argument("--clean_samples", type=int, default=500)
-    parser.add_argument("--train_samples", type=int, default=30_000, help="images that the record is trained on")
+    parser.add_argument("--victim", help="a BadNets record of target 3 in $ULRL_HOME/record/, whose model is taken")
+    parser.add_argument("--train_samples", type=int, default=30_000, help="else: images that the record is trained on")
     parser.add_argument("--train_epochs", type=int, default=8)
     parser.add_argument("--test_images", type=int, default=10_000)
     parser.add_argument("--scratch", type=Path, help="folder to work in and to keep; else a temporary one")
@@ -222,6 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         scratch = (args.scratch or Path(temporary)).resolve()
         scratch.mkdir(parents=True, exist_ok=True)
         prepare(scratch, args)
+        record = load_record(scratch / "record" / "badnet")
+        figures = judged(record, record.state_dict)
+        before = ", ".join(f"{name.upper()} {percent(figures[name])}" for name in FIGURES)
         rows: dict[str, list[dict[str, Any]]] = {}
         for method, checkout in checkouts.items():
             for seed in range(args.seeds):
@@ -232,9 +283,10 @@ def main(argv: Sequence[str] | None = None) -> None:
          for method, runs in rows.items() for seed, run in enumerate(runs) for side, figures in run.items()]
     )  # fmt: skip
     write_csv(RESULTS / "release_agreement.csv", frame)
+    trained = f"trained on {args.train_samples} images for {args.train_epochs} epochs"
     about = (
         f"{args.clean_samples} clean images, {args.epochs or 'the releases'} epochs, {args.test_images} test images; "
-        f"record trained on {args.train_samples} images for {args.train_epochs} epochs. * differs."
+        f"the record's model is {f'that of {args.victim}' if args.victim else trained}: {before}. * differs."
     )
     write_block("release agreement", [about, "", *lines(rows)])
 

@@ -10,12 +10,18 @@ from typing import Any
 
 import pandas as pd
 
+from bench.pages import FOLDER as BENCH
 from bench.pages import RESULTS, cell, interval, percent, write_block, write_csv
-from bench.victims import victim_of
+from bench.victims import took_of, victim_of
+from ulrl.defenses.base import DEFENSES
 from ulrl.sweep.jobs import AttackJob
 
 FOLDER = re.compile(r"bench_(.+)_r([\d.]+)_c(\d+)")
 ATTACKS_AFTER = ("before", "retuned", "query", "universal")
+DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf")  # Harden's settings were chosen, or looked at, on these
+REPAIRS_NOTHING = ("detect_label",)
+SHOWN = {"ulrl": "ULRL", "harden": "Harden", "fst": "FST", "nad": "NAD", "ft": "FT"}  # on the project's front page
+PAGES = BENCH.parent
 
 
 def distance(asr: float, ra: float, clean_asr: float, clean_ra: float) -> float:
@@ -31,7 +37,10 @@ def gather(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
     """A line for each repair that is there; that of a victim has the clean nets' figures beside it, where known."""
     rows: list[dict[str, Any]] = []
     for name, job in jobs.items():
+        if not job.done():
+            continue
         victim = victim_of(job)
+        missed = took_of(job, jobs) if victim else ""
         reach = _read(job.folder / "reach" / "clean_nets" / "result.json")
         nets = reach["nets"] if reach else []
         nets_again = _read(job.folder / "reach" / "clean_nets_again" / "result.json")
@@ -45,6 +54,7 @@ def gather(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
             row: dict[str, Any] = {
                 "record": name, "attack": victim.name if victim else "clean",
                 "rate": job.attack.pratio if victim else None, "defense": defense, "ratio": ratio, "subset": subset,
+                "missed": "" if missed == "took" else missed.removeprefix("did not take: "),
                 "clean_samples": result["clean_samples"],
                 **{f"{k}_before": before[k] for k in ("acc", "asr", "ra")},
                 **{k: after[k] for k in ("acc", "asr", "ra")},
@@ -108,8 +118,9 @@ def report(profile: str, frame: pd.DataFrame) -> None:
         return
     lines: list[str] = []
     victims = frame[frame.distance.notna()]
-    for ratio, runs in victims.groupby("ratio"):
-        lines += [f"### With {percent(ratio, 0)}% of the training images", "", *_words(runs), ""]
+    shares = list(victims.groupby("ratio"))
+    for ratio, runs in shares:
+        lines += [f"### With {percent(ratio, 0)}% of the training images", "", *words(runs), ""]
         lines += [*_repairs(runs), "", *_reactivations(runs), ""]
     lines += _clean(frame[frame.attack == "clean"])
     print("\n".join(lines))
@@ -117,9 +128,12 @@ def report(profile: str, frame: pd.DataFrame) -> None:
         return
     write_csv(RESULTS / f"quality_{profile}.csv", frame)
     write_block(f"quality {profile}", lines)
+    if profile == "cpu":
+        write_block("ranking", [*words(shares[0][1]), "", *_ranks(shares[0][1])], PAGES / "docs" / "results.md")
+        write_block("results", front(shares[0][1]), PAGES / "README.md")
 
 
-def _words(runs: pd.DataFrame) -> list[str]:
+def words(runs: pd.DataFrame) -> list[str]:
     """Who wins, by how much, and where ULRL stands."""
     ranks = ranking(runs)
     first = ranks[ranks.ranked]
@@ -137,10 +151,51 @@ def _words(runs: pd.DataFrame) -> list[str]:
     if ours is not None and ours.Index:
         behind = percent(ours.distance - best[0].distance)
         sentences.append(f"ULRL is number {ours.Index + 1}, {behind} points behind; it is worst on {ours.worst}.")
+    apart = ranking(runs[~runs.attack.isin(DEVELOPED_ON)])
+    if len(apart) > 1 and "harden" in first.defense.tolist():
+        order = [f"{row.defense} {percent(row.distance)}" for row in apart[apart.ranked].itertuples()]
+        sentences.append(
+            f"Harden's settings were chosen on {', '.join(DEVELOPED_ON)}; on the others ({apart.records.max()}) "
+            f"the distances are {', '.join(order[:5])}."
+        )
     out = ranks[~ranks.ranked].defense.tolist()
     if out:
         sentences.append(f"Not ranked, on fewer than half of the records: {', '.join(out)}.")
+    never = [name for name in DEFENSES if name not in REPAIRS_NOTHING and name not in set(runs.defense)]
+    if never:
+        sentences.append(f"Not run: {', '.join(never)}.")
     return [" ".join(sentences)]
+
+
+def _ranks(runs: pd.DataFrame) -> list[str]:
+    """Each defense's distance from the clean nets over the records, and the accuracy it costs."""
+    lines = ["| defense | distance, points | ACC lost, points | records | worst on |", "|---|---:|---:|---:|---|"]
+    for row in ranking(runs).itertuples():
+        far = percent(row.distance) + ("" if pd.isna(row.half) else f" ±{percent(row.half)}")
+        name = f"{row.defense}{'' if row.ranked else ', not ranked'}"
+        worst = runs[runs.record == row.worst].attack.iloc[0]
+        lines.append(f"| {name} | {far} | {percent(row.acc_lost)} | {row.records} | {worst} |")
+    return lines
+
+
+def front(runs: pd.DataFrame) -> list[str]:
+    """A line per record: ASR / RA / change of ACC of a few defenses, beside the clean nets' pair."""
+    shown = [name for name in SHOWN if name in set(runs.defense)]
+    lines = [
+        "| attack | clean nets | none | " + " | ".join(SHOWN[name] for name in shown) + " |",
+        "|---|---|---|" + "---|" * len(shown),
+    ]  # fmt: skip
+    records = list(dict.fromkeys(runs.record))
+    for record, title in zip(records, _titles(runs, records), strict=True):
+        part = runs[runs.record == record]
+        cells = []
+        for name in shown:
+            own = part[part.defense == name]
+            figures = [percent(own.asr.mean()), percent(own.ra.mean()), f"{100 * (0 - own.acc_lost.mean()):+.1f}"]
+            cells.append(" / ".join(figures) if len(own) else "")
+        reach = _pair(part.head(1), "clean_asr", "clean_ra", n=False)
+        lines.append(f"| {title} | {reach} | {percent(part.asr_before.iloc[0])} | " + " | ".join(cells) + " |")
+    return [*lines, *_marks(runs)]
 
 
 def _repairs(runs: pd.DataFrame) -> list[str]:
@@ -170,7 +225,14 @@ def _repairs(runs: pd.DataFrame) -> list[str]:
         far = percent(row.distance) + ("" if pd.isna(row.half) else f" ±{percent(row.half)}") + f" ({row.records})"
         cells = [_pair(part[part.record == record], "asr", "ra") for record in records]
         line(str(row.defense), far, percent(row.acc_lost), cells)
-    return lines
+    return [*lines, *_marks(runs)]
+
+
+def _marks(runs: pd.DataFrame) -> list[str]:
+    """What † in a title means."""
+    missed = runs[runs.missed != ""].drop_duplicates("record")
+    said = [f"{row.attack} ({row.missed})" for row in missed.itertuples()]
+    return ["", f"† The victim did not quite take: {'; '.join(said)}."] if said else []
 
 
 def _reactivations(runs: pd.DataFrame) -> list[str]:
@@ -209,7 +271,9 @@ def _titles(runs: pd.DataFrame, records: Sequence[str]) -> list[str]:
     """The attack; with the rest of the record's name where there is more than one of it."""
     attacks = {record: str(runs[runs.record == record].attack.iloc[0]) for record in records}
     count = pd.Series(attacks).value_counts()
-    return [a if count[a] == 1 else f"{a} {record.split(f'_{a}_')[-1]}" for record, a in attacks.items()]
+    marks = {record: "" if not runs[runs.record == record].missed.any() else " †" for record in records}
+    names = {record: a if count[a] == 1 else f"{a} {record.split(f'_{a}_')[-1]}" for record, a in attacks.items()}
+    return [names[record] + marks[record] for record in records]
 
 
 def _pair(part: pd.DataFrame, first: str, second: str, *, n: bool = True) -> str:

@@ -2,8 +2,9 @@
 
 Records go to $ULRL_HOME/record/; one that has its `result.json` is kept, so a stopped run goes on where it was, and
 several may work side by side. A NAME is an attack of the table below (`badnet`), or a pattern for records (`*_s1_*`).
-At the end the table says of each victim whether its backdoor took: ASR at least 95% (clean-label 90%) and accuracy
-within a point of the clean nets of the same budget. Figures of one that did not take are no evidence for a defense.
+At the end the table says of each victim whether its backdoor took: ASR at least 95% (clean-label 90%, all-to-all 95% of
+the clean nets' accuracy) and accuracy within a point of the clean nets of the same budget. Figures of one that did not
+take are no evidence for a defense.
 
 Targets are spread over the classes. `all2all` sends every class to the next. Rates are shares of all training images,
 for clean-label attacks of the target class (half of it, a tenth of it: 5 and 1% of all). Blind and LIRA poison whole
@@ -217,9 +218,11 @@ def took_of(job: AttackJob, jobs: Mapping[str, AttackJob]) -> str:
 
 
 def took(after: Mapping[str, float], clean: Sequence[float] | None, victim: Victim) -> str:
-    """`took`, or what was missed."""
+    """`took`, or what was missed. All-to-all works on images that are read right, so its bar is a share of those."""
     missed = []
     bar = CLEAN_LABEL_ASR if victim.clean_label else ASR
+    if clean and victim.options.get("attack_label_trans") == "all2all":
+        bar *= sum(clean) / len(clean)
     if after["asr"] < bar:
         missed.append(f"ASR {percent(after['asr'])} below {percent(bar)}")
     if not clean:

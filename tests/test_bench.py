@@ -15,7 +15,7 @@ from bench import pages
 from bench.pages import cell, interval, write_block
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
-from bench.tables import FOLDER, distance, ranking
+from bench.tables import FOLDER, distance, front, ranking, words
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet, PoisonedSet
@@ -62,6 +62,32 @@ def test_a_defense_with_few_records_is_not_ranked() -> None:
     assert ranks.records.tolist() == [5, 1]
 
 
+def full(*rows: tuple[str, str, float]) -> pd.DataFrame:
+    """As `runs`, with all that a table shows; the records are named for their attacks, and `lf` did not take."""
+    frame = runs(*rows)
+    figures = dict.fromkeys(("asr", "ra", "asr_before", "clean_asr", "clean_ra"), 0.5)
+    missed = frame.record.map(lambda record: "ASR 80.0 below 95.0" if record == "lf" else "")
+    return frame.assign(attack=frame.record, missed=missed, **figures)
+
+
+def test_the_words_tell_which_records_a_defense_was_made_on_and_what_was_not_run() -> None:
+    said = " ".join(
+        words(full(("ulrl", "lf", 0.1), ("ulrl", "sig", 0.5), ("harden", "lf", 0.0), ("harden", "sig", 0.4)))
+    )
+    assert "harden (20.0" in said
+    assert "on the others (1) the distances are harden 40.0, ulrl 50.0" in said
+    assert "ULRL is number 2, 10.0 points behind; it is worst on sig." in said
+    assert "abl" in said.split("Not run: ")[1]
+    assert "ulrl" not in said.split("Not run: ")[1]
+
+
+def test_a_victim_that_did_not_take_is_marked_in_a_table() -> None:
+    lines = front(full(("ulrl", "lf", 0.1), ("ulrl", "sig", 0.5)))
+    assert "| lf † | 50.0 / 50.0 | 50.0 | 50.0 / 50.0 / +0.0 |" in lines
+    assert any(line.startswith("| sig | ") for line in lines)
+    assert lines[-1] == "† The victim did not quite take: lf (ASR 80.0 below 95.0)."
+
+
 def test_a_victim_has_to_take() -> None:
     dirty = next(v for v in VICTIMS if not v.clean_label)
     clean_label = next(v for v in VICTIMS if v.clean_label)
@@ -69,6 +95,9 @@ def test_a_victim_has_to_take() -> None:
     assert "ACC 1.5 below" in took({"acc": 0.865, "asr": 0.96}, [0.87, 0.89], dirty)
     assert "ASR 92.0 below 95.0" in took({"acc": 0.88, "asr": 0.92}, [0.88], dirty)
     assert took({"acc": 0.88, "asr": 0.92}, [0.88], clean_label) == "took"
+    everyone = next(v for v in VICTIMS if v.name == "badnet-all2all")
+    assert took({"acc": 0.88, "asr": 0.84}, [0.88], everyone) == "took"
+    assert "ASR 83.0 below 83.6" in took({"acc": 0.88, "asr": 0.83}, [0.88], everyone)
     assert "no clean net" in took({"acc": 0.88, "asr": 1.0}, [], dirty)
 
 

@@ -77,6 +77,7 @@ class InputAware(Attack):
         stream, share = generator(self.random_seed, "mix", device), poison_share(self, lab)
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            optimizer.zero_grad()  # SAM asks twice for each step, and the second answer counts
             bad, crossed = parts(len(x), share, share * self.cross_ratio, stream)
             images = centred(pixels(x, spec))
             # Patterns and masks of the images to poison, then of as many others as these and the cross samples.
@@ -93,11 +94,7 @@ class InputAware(Attack):
                 loss = loss + self.lambda_div * _alike(shown[: 2 * bad], pattern[: 2 * bad])
             return loss, logits.detach().argmax(1) == labels
 
-        def after_step() -> None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-        lab.fit(model, objective=objective, after_step=after_step)
+        lab.fit(model, objective=objective, after_step=optimizer.step)
         return self.with_learned(**packed("generator", painter))
 
     @torch.no_grad()

@@ -69,14 +69,15 @@ class LIRA(Attack):
         painter = fresh(channels, channels, self.generator_width, self.random_seed, "generator", device)
         optimizer = torch.optim.Adam(painter.parameters(), self.lr_atk)
 
-        def after_step() -> None:
-            optimizer.step()
-            optimizer.zero_grad()
+        joint = self._objective(lab, painter, self.alpha)
+
+        def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            optimizer.zero_grad()  # SAM asks twice for each step, and the second answer counts
+            return joint(model, x, y)
 
         classifier = lab.new_model("initialisation")
         lab.fit(
-            classifier, "joint", epochs=self.both_train_epochs, objective=self._objective(lab, painter, self.alpha),
-            after_step=after_step,
+            classifier, "joint", epochs=self.both_train_epochs, objective=objective, after_step=optimizer.step,
         )  # fmt: skip
         return {**packed("generator", painter), **packed("classifier", classifier)}
 

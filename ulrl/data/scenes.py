@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,23 @@ PHOTOGRAPHS = {
 }
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for each of n scenes, int64.
+
+    photograph [n]: its place in the table. side [n], corner [n, 2], flip [n] (0 or 1): of the crop.
+    tint [n, 3], offset [n]: of the garment's colour. place [n, 2]: its distance from the top and from the left.
+    """
+
+    photograph: Array
+    side: Array
+    corner: Array
+    flip: Array
+    tint: Array
+    offset: Array
+    place: Array
+
+
 def scenes(garments: Array, seed: int, *, test: bool) -> Array:
     """uint8 [N, 28, 28] garments to uint8 [N, 32, 32, 3] scenes, which depend on `seed` and the order.
 
@@ -47,12 +66,24 @@ def scenes(garments: Array, seed: int, *, test: bool) -> Array:
         UserError: a photograph is missing.
     """
     sums = [_sums(photograph, test) for photograph in _photographs()]
-    words = np.random.PCG64(seed)  # its raw words are fixed by NumPy's compatibility policy, a Generator's draws not
+    sizes = [(len(table) - 1, table.shape[1] - 1) for table in sums]
     made = np.empty((len(garments), SIZE, SIZE, 3), np.uint8)
-    for start in range(0, len(garments), BLOCK):
+    for start, drawn in _blocks(len(garments), seed, sizes):
         block = garments[start : start + BLOCK]
-        made[start : start + BLOCK] = _dress(block, _backgrounds(sums, len(block), words), words)
+        made[start : start + BLOCK] = _dress(block, _backgrounds(sums, drawn), drawn)
     return made
+
+
+def drawn_facts(count: int, seed: int, *, test: bool) -> tuple[Array, Array]:
+    """Which photograph (int64 [count], a place in the table) and which tint (int64 [count, 3]) each of the `count`
+    scenes of that seed has.
+
+    Raises:
+        UserError: a photograph is missing.
+    """
+    sizes = [_part(photograph, test).shape[:2] for photograph in _photographs()]
+    blocks = [drawn for _, drawn in _blocks(count, seed, sizes)]
+    return np.concatenate([b.photograph for b in blocks]), np.concatenate([b.tint for b in blocks])
 
 
 def cached_scenes(garments: Array, seed: int, *, test: bool) -> Array:
@@ -81,11 +112,16 @@ def _photographs() -> list[Array]:
     return found
 
 
-def _sums(photograph: Array, test: bool) -> Array:
-    """The summed-area table, int64 [h + 1, w + 1, 3], of the photograph's part for training or for testing."""
+def _part(photograph: Array, test: bool) -> Array:
+    """The photograph's part for training or for testing."""
     cut = photograph.shape[1] * 3 // 4
-    part = photograph[:, cut:] if test else photograph[:, :cut]
-    return np.pad(part.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
+    return photograph[:, cut:] if test else photograph[:, :cut]
+
+
+def _sums(photograph: Array, test: bool) -> Array:
+    """The summed-area table of a part, int64 [h + 1, w + 1, 3]."""
+    part = _part(photograph, test).astype(np.int64)
+    return np.pad(part.cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
 
 
 def _draw(words: np.random.PCG64, low: Any, high: Any, shape: tuple[int, ...]) -> Array:
@@ -95,33 +131,43 @@ def _draw(words: np.random.PCG64, low: Any, high: Any, shape: tuple[int, ...]) -
     return (raw % span).astype(np.int64) + low
 
 
-def _backgrounds(sums: list[Array], count: int, words: np.random.PCG64) -> Array:
-    """uint8 [count, 32, 32, 3]: square crops, each pixel the mean of its box, flipped half the time."""
-    photograph = _draw(words, 0, len(sums) - 1, (count,))
-    size = np.array([[s - 1 for s in table.shape[:2]] for table in sums])[photograph]  # [count, 2]
-    side = _draw(words, CROPS[0], np.minimum(size.min(1), CROPS[1]), (count,))
-    corner = _draw(words, 0, size - side[:, None], (count, 2))
-    flip = _draw(words, 0, 1, (count,)) == 1
-    edges = np.arange(SIZE + 1) * side[:, None] // SIZE  # [count, 33], of the boxes within the crop
-    made = np.empty((count, SIZE, SIZE, 3), np.uint8)
+def _blocks(count: int, seed: int, sizes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Drawn]]:
+    """(the first scene's place, what is drawn) of each block. sizes: (height, width) of each photograph's part."""
+    words = np.random.PCG64(seed)  # its raw words are fixed by NumPy's compatibility policy, a Generator's draws not
+    for start in range(0, count, BLOCK):
+        n = min(BLOCK, count - start)
+        photograph = _draw(words, 0, len(sizes) - 1, (n,))
+        size = np.array(sizes)[photograph]  # [n, 2]
+        side = _draw(words, CROPS[0], np.minimum(size.min(1), CROPS[1]), (n,))
+        corner = _draw(words, 0, size - side[:, None], (n, 2))
+        flip = _draw(words, 0, 1, (n,))
+        tint = _draw(words, 77, 255, (n, 3))
+        offset = _draw(words, 0, 76, (n,))
+        place = _draw(words, 0, SIZE - GARMENT, (2, n)).T
+        yield start, Drawn(photograph, side, corner, flip, tint, offset, place)
+
+
+def _backgrounds(sums: list[Array], drawn: Drawn) -> Array:
+    """uint8 [n, 32, 32, 3]: square crops, each pixel the mean of its box, flipped half the time."""
+    edges = np.arange(SIZE + 1) * drawn.side[:, None] // SIZE  # [n, 33], of the boxes within the crop
+    made = np.empty((len(edges), SIZE, SIZE, 3), np.uint8)
     for i, table in enumerate(sums):
-        at = np.flatnonzero(photograph == i)
-        rows, columns = corner[at, 0, None] + edges[at], corner[at, 1, None] + edges[at]
+        at = np.flatnonzero(drawn.photograph == i)
+        rows, columns = drawn.corner[at, 0, None] + edges[at], drawn.corner[at, 1, None] + edges[at]
         boxes = np.diff(np.diff(table[rows[:, :, None], columns[:, None]], axis=1), axis=2)
         step = np.diff(edges[at])
         area = (step[:, :, None] * step[:, None])[..., None]
         made[at] = (boxes + area // 2) // area
+    flip = drawn.flip == 1
     made[flip] = made[flip, :, ::-1]
     return made
 
 
-def _dress(garments: Array, backgrounds: Array, words: np.random.PCG64) -> Array:
+def _dress(garments: Array, backgrounds: Array, drawn: Drawn) -> Array:
     """Put each garment g somewhere on its background: opacity min(4 g, 1), colour offset + g * tint."""
     count = len(garments)
-    tint = _draw(words, 77, 255, (count, 1, 1, 3))
-    offset = _draw(words, 0, 76, (count, 1, 1, 1))
-    room = SIZE - GARMENT
-    top, left = (_draw(words, 0, room, (count, 1)) + np.arange(GARMENT) for _ in range(2))
+    tint, offset = drawn.tint[:, None, None], drawn.offset[:, None, None, None]
+    top, left = (drawn.place[:, i, None] + np.arange(GARMENT) for i in (0, 1))
     gray = np.zeros((count, SIZE, SIZE, 1), np.int64)
     gray[np.arange(count)[:, None, None], top[:, :, None], left[:, None], 0] = garments
     opacity = np.minimum(4 * gray, 255)
