@@ -75,13 +75,15 @@ class Process:
 
     pid: int
     err: Path
+    cpu: float = 0.0  # seconds of a processor, once it has ended
 
     def running(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def end(self) -> tuple[int, str]:
         """(exit code, last line that it said)"""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        _, status, used = os.wait4(self.pid, 0)
+        code, self.cpu = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
         lines = self.err.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
         return code, lines[-1] if lines else ""
 
@@ -379,7 +381,8 @@ def clock(lab: Lab, what: str) -> None:
 
 
 def stops(lab: Lab, what: str) -> None:
-    """From the start on, imports included; what is measured is from the signal to the end."""
+    """From the start on, imports included. What is measured is from the signal to the end: on the clock, in which others
+    may have the machine, and of a processor, which may be two seconds."""
     for sig in (signal.SIGINT, signal.SIGTERM):
         lost, took = [], []
         for _ in range(max(1, lab.times // 3)):
@@ -393,10 +396,10 @@ def stops(lab: Lab, what: str) -> None:
             while process.running() and _cpu(process.pid) < moment:
                 time.sleep(0.05)
             if process.running():
-                begin = time.monotonic()
+                begin, before_it = time.monotonic(), _cpu(process.pid)
                 (os.killpg if sig == signal.SIGINT else os.kill)(process.pid, sig)  # as a terminal does it
                 code, last = process.end()
-                took.append(time.monotonic() - begin)
+                took.append((time.monotonic() - begin, process.cpu - before_it))
                 if code != 130 or "interrupted" not in last:
                     lost.append(f"left with {code}: {last} (after {moment:.1f} s of a processor)")
             else:
@@ -404,9 +407,10 @@ def stops(lab: Lab, what: str) -> None:
             lost += compared(home, before, before)
             lost += [f"{path} is left" for path in home.rglob(".*.partial")]
             shutil.rmtree(home)
-        lost += [f"took {seconds:.1f} s" for seconds in took if seconds > 2]
-        times = ", ".join(f"{seconds:.1f}" for seconds in took)
-        lab.row(f"{sig.name} at a random moment", what, len(took), lost, f"ended after {times} s")
+        lost += [f"took {cpu:.1f} s of a processor" for _, cpu in took if cpu > 2]
+        times = ", ".join(f"{clock:.1f} s ({cpu:.1f} s of a processor)" for clock, cpu in took)
+        load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+        lab.row(f"{sig.name} at a random moment", what, len(took), lost, f"ended after {times}; {load}")
 
 
 def ray(lab: Lab, what: str) -> None:
