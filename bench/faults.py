@@ -381,8 +381,8 @@ def clock(lab: Lab, what: str) -> None:
 
 
 def stops(lab: Lab, what: str) -> None:
-    """From the start on, imports included. What is measured is from the signal to the end: on the clock, in which others
-    may have the machine, and of a processor, which may be two seconds."""
+    """From the start on, imports included. What is measured is from the signal to the end: on the clock, in which
+    others may have the machine, and of a processor, which may be two seconds."""
     for sig in (signal.SIGINT, signal.SIGTERM):
         lost, took = [], []
         for _ in range(max(1, lab.times // 3)):
