@@ -275,7 +275,7 @@ def test_defense_on_every_architecture(name: str, method: str) -> None:
 @pytest.mark.parametrize("method", sorted(set(DEFENSES) - {"ulrl", "rnp", "ft"}))
 @pytest.mark.parametrize("name", WITH_NORMS)
 def test_every_other_defense_works_or_says_why(name: str, method: str) -> None:
-    few = {"isolation_ratio": 0.25} if method == "abl" else {}
+    few = {"abl": {"isolation_ratio": 0.25}, "b3d": {"queries": 800, "draws": 10}}.get(method, {})
     works_or_says_why(method, name, **few)
 
 

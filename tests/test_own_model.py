@@ -94,7 +94,14 @@ def test_every_method_takes_a_users_model(
     defense = DEFENSES[method]
     short = {
         k: v
-        for k, v in {"epochs": 1, "unlearning_epochs": 2, "relearn_epochs": 1, "nc_epoch": 1, "nb_iter": 20}.items()
+        for k, v in {
+            "epochs": 1,
+            "unlearning_epochs": 2,
+            "relearn_epochs": 1,
+            "nc_epoch": 1,
+            "nb_iter": 20,
+            "queries": 16000,
+        }.items()
         if k in Schema(defense).fields
     }
     result = ulrl.purify(backdoored, *clean, method=method, **short)
