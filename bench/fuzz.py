@@ -213,7 +213,7 @@ def batch(kind: str, corpus: list[tuple[bytes, str, Read]], seed: str, folder: P
                     note.write_text(f"{i} {refused} has a message that is not printable")
                     os._exit(1)
             except BaseException as error:
-                note.write_text(f"{i} {refused} raises {type(error).__name__}: {error}"[:300])
+                note.write_text(f"{i} {refused} raises {type(error).__name__}: {error}".replace(f"{ROOT}/", "")[:300])
                 os._exit(1)
             signal.setitimer(signal.ITIMER_PROF, 0)
         note.write_text(f"{BATCH - 1} {refused} ")

@@ -161,7 +161,7 @@ def page() -> str:
     lines += ["## Random damage", "", *fuzz_lines(fuzz), "", "## Faults", "", *fault_lines(faults), ""]
     lines += [
         "## Convert and look", "",
-        "`ulrl inspect FILE` names what a pickle asks for by its opcodes, opens nothing, and was given every door's damage",
+        "`ulrl inspect FILE` names what a pickle asks for by its opcodes, opens nothing, and is one of the doors",
         "above; `ulrl convert RECORD --to safetensors` and back gives the same tensors, images and labels",
         "(`tests/test_converting.py`).", "",
         "## Supply chain", "", *supply_lines(), "",
