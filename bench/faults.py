@@ -75,15 +75,13 @@ class Process:
 
     pid: int
     err: Path
-    cpu: float = 0.0  # seconds of a processor, once it has ended
 
     def running(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def end(self) -> tuple[int, str]:
         """(exit code, last line that it said)"""
-        _, status, used = os.wait4(self.pid, 0)
-        code, self.cpu = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         lines = self.err.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
         return code, lines[-1] if lines else ""
 
@@ -396,10 +394,14 @@ def stops(lab: Lab, what: str) -> None:
             while process.running() and _cpu(process.pid) < moment:
                 time.sleep(0.05)
             if process.running():
-                begin, before_it = time.monotonic(), _cpu(process.pid)
+                begin, at_it = time.monotonic(), _cpu(process.pid)
                 (os.killpg if sig == signal.SIGINT else os.kill)(process.pid, sig)  # as a terminal does it
+                used = at_it
+                while process.running():
+                    used = max(used, _cpu(process.pid))
+                    time.sleep(0.02)
                 code, last = process.end()
-                took.append((time.monotonic() - begin, process.cpu - before_it))
+                took.append((time.monotonic() - begin, used - at_it))
                 if code != 130 or "interrupted" not in last:
                     lost.append(f"left with {code}: {last} (after {moment:.1f} s of a processor)")
             else:
@@ -447,9 +449,14 @@ def ray(lab: Lab, what: str) -> None:
     lab.row("SIGTERM of a sweep on Ray", "sweep", 1, lost + compared(home, units(lab.base), {}), note)
 
 
-def _cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def _cpu(session: int) -> float:
+    """Seconds of a processor that a session's processes have had."""
+    spent = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = file.read_text().rpartition(")")[2].split()
+            spent += (int(fields[3]) == session) * (int(fields[11]) + int(fields[12]))
+    return spent / os.sysconf("SC_CLK_TCK")
 
 
 TRIES = {
