@@ -4,7 +4,7 @@ Whole files of each kind are damaged (bytes flipped, cut, doubled, swapped for t
 own, with checksums that fit) and go through the door that they have: what reads them for a command, up to the page or
 the jobs that come of it. An input is a finding when that raises anything but a UserError, takes over two seconds of a
 processor (a sweep: twenty, as it may ask for 100,000 runs), over a gigabyte, or ends its process. Batches run in forked
-processes, so that a finding ends only its own. The torch reader is tried inside `_reader`, whose own limits would
+processes, so that a finding ends only its own. The torch reader is tried inside `reader`, whose own limits would
 otherwise hide what is slow or ends it (too little memory is a refusal there), and the whole way, in its child process,
 by `load_torch`, `load_record` and `ulrl inspect`. bench/results/fuzz.json says how many inputs were tried at each door,
 how many of these were refused, how much of a processor that took, and what was found.
@@ -47,8 +47,8 @@ from ulrl.report.page import render  # noqa: E402
 from ulrl.report.results import find_runs  # noqa: E402
 from ulrl.runs.defending import _clean_index  # noqa: E402
 from ulrl.sweep.grid import read_sweep  # noqa: E402
-from ulrl.untrusted import _reader  # noqa: E402
 from ulrl.untrusted.images import opened_image, read_png  # noqa: E402
+from ulrl.untrusted.reader import process  # noqa: E402
 from ulrl.untrusted.texts import read_yaml  # noqa: E402
 from ulrl.untrusted.torchfiles import load_torch  # noqa: E402
 from ulrl.untrusted.weights import load_weights  # noqa: E402
@@ -65,9 +65,9 @@ Read = Callable[[Path, bytes], object]
 
 
 def in_reader(file: Path, content: bytes) -> object:
-    """As `_reader.main` does it, which answers all that is raised there, too little memory with it, by a refusal."""
+    """As `process.main` does it, which answers all that is raised there, too little memory with it, by a refusal."""
     try:
-        answer, _ = _reader.read(io.BytesIO(content), len(content))
+        answer, _ = process.read(io.BytesIO(content), len(content))
         return json.dumps(answer)
     except Exception as error:
         raise UserError(str(error)) from None

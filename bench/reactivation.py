@@ -26,7 +26,7 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.machine import autocast
 from ulrl.metrics import share
 from ulrl.seeds import generator
-from ulrl.training import Monitor, accuracy, fit, make_optimizer, make_scheduler, predict
+from ulrl.training import Monitor, accuracy, fit, make_optimizer, predict
 
 EPS = 0.05
 FEW = 5  # triggered images in retuning
@@ -82,7 +82,7 @@ def retune(model: nn.Module, material: Material) -> nn.Module:
     )
     optimizer = make_optimizer(model, "sgd", 0.01, 0.9)
     batches = Batches(mixed, 128, generator(0, "retune", mixed.device))
-    fit(model, batches, 5, optimizer, make_scheduler(optimizer, "constant", 5), Monitor(), "retune")
+    fit(model, batches, 5, optimizer, None, Monitor(), "retune")
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from manners import refused
 from ulrl.converting import ConvertOptions, convert, inspect_file
 from ulrl.data.imageset import DatasetSpec
 from ulrl.record import Record, load_record
-from ulrl.record_formats import PICKLE, PLAIN
+from ulrl.record_folder import PICKLE, PLAIN
 
 SPEC = DatasetSpec("toy", peer.CLASSES, 3, peer.HEIGHT, peer.WIDTH, (0.5,) * 3, (0.25,) * 3)
 

@@ -152,3 +152,18 @@ def test_a_kept_folder_outlives_a_failure_and_an_overwriting(tmp_path: Path) -> 
     (folder / "learned" / "link.pt").symlink_to(secret)
     assert run(overwrite=True) == ["a.pt", "learned"], "a link is not followed"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.txt", "x"]
+
+
+def test_home_is_the_checkout_and_no_folder_that_merely_has_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an installed package there may be another one of the name `config`."""
+    monkeypatch.delenv("ULRL_HOME", raising=False)
+    assert home() == Path(__file__).resolve().parent.parent
+    packages, elsewhere = tmp_path / "site-packages", tmp_path / "elsewhere"
+    for folder in (packages / "config", packages / "ulrl" / "config", packages / "record", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("ulrl.files.PACKAGE_ROOT", packages)
+    monkeypatch.chdir(elsewhere)
+    assert home() == elsewhere
+    assert not find_input("record").exists()

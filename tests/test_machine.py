@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
+import ulrl
 from ulrl import machine
 from ulrl.machine import TINY, environment, threads_for
 
@@ -70,6 +73,7 @@ def test_bf16_is_used_only_where_torch_may_use_avx512() -> None:
     """Attention in bf16 fails on a processor that has AVX-512 where torch was told to do without."""
     code = """
 import torch
+from torch import nn
 from ulrl.machine import autocast, has_bf16
 cpu, x = torch.device("cpu"), torch.rand(4, 2, 64, 8)
 with autocast(cpu, True):
@@ -79,3 +83,24 @@ print(has_bf16(cpu))
     narrow = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     said = subprocess.run([sys.executable, "-c", code], env=narrow, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False"]
+
+
+def test_a_model_of_the_users_shares_the_machine_too(two_threads: None) -> None:
+    """As runs on records do."""
+    seen: list[int] = []
+
+    class Linear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Flatten(), Linear(16, 2))
+    images = torch.randn(24, 1, 4, 4)
+    labels = model(images).argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ulrl.Note)
+        for work in (ulrl.purify, ulrl.suspect):
+            seen.clear()
+            work(model, images, labels, unlearning_epochs=1)
+            assert seen[-1] == 1
+    assert torch.get_num_threads() == 2

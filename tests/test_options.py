@@ -20,11 +20,12 @@ from manners import refused
 from ulrl.attacks.badnet import BadNet
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main
-from ulrl.configure import AttackRun, DefenseRun, configure_attack, options_file
+from ulrl.configure import AttackRun, DefenseRun, configure_attack
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import IGNORED, Schema, option
+from ulrl.shipped import options_file
 from ulrl.training import TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.poison_state import PoisonState
 from ulrl.record import load_record
-from ulrl.record_formats import PICKLE as RESULT_FILE
+from ulrl.record_folder import PICKLE as RESULT_FILE
 from ulrl.record_writer import write_defense_result, write_record
 
 SPEC = DatasetSpec("toy", peer.CLASSES, 3, peer.HEIGHT, peer.WIDTH, (0.5,) * 3, (0.25,) * 3)

@@ -89,3 +89,17 @@ def test_a_missing_photograph_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "PHOTOGRAPHS", {"skimage": ("data", ["nowhere.png"])})
     with pytest.raises(UserError, match=r"nowhere\.png"):
         scenes.scenes(garments(1), 0, test=False)
+
+
+def test_what_was_drawn_is_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which photograph and which tint, beyond a block too."""
+    flat = [np.full((64, 200, 3), 20 * k, np.uint8) for k in range(5)]
+    monkeypatch.setattr(scenes, "_photographs", lambda: flat)
+    n = scenes.BLOCK + 50
+    cloth = np.zeros((n, 28, 28), np.uint8)
+    cloth[:, 4:24, 4:24] = 64
+    made = scenes.scenes(cloth, 3, test=True).astype(int)
+    photograph, tint = scenes.drawn_facts(n, 3, test=True)
+    assert (made[:, 0, 0] == 20 * photograph[:, None]).all()
+    worn = made[:, 15, 15]  # inside every garment: offset + 64 tint / 255
+    assert np.abs(np.diff(worn) - np.diff(64 * tint // 255)).max() <= 1  # 64 is opaque

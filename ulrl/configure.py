@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib import resources
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.detectors.base import DETECTORS, Detector
 from ulrl.errors import UserError
-from ulrl.files import find_input, home
+from ulrl.files import home
 from ulrl.machine import pick_device
 from ulrl.options import Schema, Settings, option
-from ulrl.registry import nearest
+from ulrl.shipped import options_file, shipped_files
 from ulrl.training import TrainOptions
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class AttackRun(PreviewRun):
 
 
 @dataclass(frozen=True)
-class DefenseRun(RunOptions):
-    """Which record to repair, and with how many clean samples."""
+class RecordRun(RunOptions):
+    """Which record to work on, and with how many clean samples."""
 
     result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
     yaml_path: str | None = option(
@@ -87,10 +87,29 @@ class DefenseRun(RunOptions):
         None, "folder of the results, under the record's defense/; the defense's name"
     )
     overwrite: bool = option(False, "replace the results of that name")
+
+
+@dataclass(frozen=True)
+class DefenseRun(RecordRun):
+    """Which record to repair, and what to report."""
+
     report_oracle: bool = option(
         False, "afterwards, judge every strength the defense could have chosen too; what the test set would choose "
         "is reported as `oracle` beside the result, never in its place",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DetectionRun(RecordRun):
+    """Whose poisoned training set to search, and how much of it."""
+
+    yaml_path: str | None = option(
+        None, "options file, or the name of a shipped one; else detection/<method>/<dataset> and /<model>"
+    )
+    save_folder_name: str | None = option(
+        None, "folder of the results, under the record's detection/; the method's name"
+    )
+    images: int | None = option(None, "search a random draw of this many training images; all of them", low=2)
 
 
 Run = TypeVar("Run", bound=PreviewRun)
@@ -104,6 +123,11 @@ def attack_schema(name: str, run: type[PreviewRun] = AttackRun) -> Schema:
 def defense_schema(name: str) -> Schema:
     """The options of a defense and its run."""
     return Schema(DefenseRun, DEFENSES[name])
+
+
+def detection_schema(name: str) -> Schema:
+    """The options of a sample detector and its run."""
+    return Schema(DetectionRun, DETECTORS[name])
 
 
 def configure_attack(
@@ -128,6 +152,16 @@ def configure_defense(
     schema = defense_schema(name)
     settings = _merged(schema, defense_layers(schema, name, dataset, model, given.get("yaml_path")), given, quiet)
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
+
+
+def configure_detector(
+    name: str, given: Mapping[str, Any], dataset: str, model: str, *, quiet: bool = False
+) -> tuple[Detector, DetectionRun]:
+    """A sample detector and its run, for a record of that data set and architecture; as `configure_attack`."""
+    schema = detection_schema(name)
+    files = _record_layers(schema, f"detection/{name}", dataset, model, given.get("yaml_path"))
+    settings = _merged(schema, files, given, quiet)
+    return settings.build(DETECTORS[name]), settings.build(DetectionRun)
 
 
 def options_of(*parts: Any) -> dict[str, Any]:
@@ -163,33 +197,6 @@ DEFENSE_ONLY = {
 }
 
 
-def shipped_files() -> dict[str, Path]:
-    """The options files that come with ulrl, by name: `defense/ulrl/cifar10`, `sweep/quick`, in order."""
-    root = Path(str(resources.files("ulrl"))) / "config"  # a link to config/ in a checkout
-    return {str(file.relative_to(root).with_suffix("")): file for file in sorted(root.rglob("*.yaml"))}
-
-
-def options_file(given: str) -> Path:
-    """The options or sweep file that the user named: a file of theirs, or else a shipped one.
-
-    A shipped one is named as by `ulrl list configs`, or as it lies in a checkout: `config/sweep/quick.yaml`.
-
-    Raises:
-        UserError: there is neither.
-    """
-    own = find_input(given)
-    if own.exists() and not own.is_dir():  # a pipe is told of by who reads it
-        return own
-    parts = PurePath(given).with_suffix("" if given.endswith(".yaml") else PurePath(given).suffix).parts
-    name, shipped = "/".join(parts[1:] if parts[:1] == ("config",) else parts), shipped_files()
-    if name not in shipped:
-        raise UserError(
-            f"{given}: No such file, nor is one of that name shipped{nearest(name, list(shipped))}; "
-            "`ulrl list configs` names those that are"
-        )
-    return shipped[name]
-
-
 def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[Layer]:
     """What an attack's options files say: of the training, then of the attack, and over that of the attack on that
     data set; `flags` may name others in place of either pair.
@@ -222,9 +229,11 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[L
 
 def defense_layers(schema: Schema, name: str, dataset: str, model: str, given: str | None = None) -> list[Layer]:
     """What the options files of a defense say: the one named, or the usual ones for data set and model."""
-    if given is not None:
-        return [yaml_layer(schema, given)]
-    return _usual_layers(schema, f"defense/{name}", dataset, model)
+    return _record_layers(schema, f"defense/{name}", dataset, model, given)
+
+
+def _record_layers(schema: Schema, folder: str, dataset: str, model: str, given: str | None) -> list[Layer]:
+    return _usual_layers(schema, folder, dataset, model) if given is None else [yaml_layer(schema, given)]
 
 
 def yaml_layer(schema: Schema, given: str | None) -> Layer:

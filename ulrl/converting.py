@@ -15,7 +15,8 @@ from ulrl.errors import UserError, one_line
 from ulrl.files import save_torch, whole_folder
 from ulrl.options import option
 from ulrl.record import INFO_FILE, KEYS, Record, load_record
-from ulrl.record_formats import PICKLE, PLAIN, load_raw, result_file, save_pickle, save_plain
+from ulrl.record_folder import PICKLE, PLAIN, result_file
+from ulrl.record_formats import load_raw, save_pickle, save_plain
 from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch, look_into
 

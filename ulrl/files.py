@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from ulrl.errors import UserError
 from ulrl.untrusted.opening import kind
 
@@ -39,14 +37,23 @@ def home() -> Path:
         if os.path.exists(chosen) and not os.path.isdir(chosen):
             raise UserError(f"ULRL_HOME is {chosen}, which is no folder; name one that holds record/ and data/")
         return Path(chosen).resolve()
-    return PACKAGE_ROOT if (PACKAGE_ROOT / "config").is_dir() else Path.cwd()
+    return checkout() or Path.cwd()
+
+
+def checkout() -> Path | None:
+    """The checkout that this package lies in; None where it is installed.
+
+    In a checkout ulrl/config is a link to config/. That other packages have a `config` beside this one says nothing.
+    """
+    ours, beside = PACKAGE_ROOT / "ulrl" / "config", PACKAGE_ROOT / "config"
+    return PACKAGE_ROOT if beside.is_dir() and ours.is_dir() and ours.samefile(beside) else None
 
 
 def find_input(path: str | os.PathLike[str]) -> Path:
     """A file or folder named by the user: relative to the current directory, else to `home()`, else to
     the checkout, which has `config/`."""
     given = Path(path).expanduser()
-    places = [given] if given.is_absolute() else [given, home() / given, PACKAGE_ROOT / given]
+    places = [given] if given.is_absolute() else [given, home() / given, (checkout() or home()) / given]
     return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
 
 
@@ -253,6 +260,8 @@ def _remove(path: Path) -> None:
 
 def save_torch(content: Any, path: Path) -> None:
     """`torch.save`, by way of memory: a full disk is then an OSError, where torch's writer has its own."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())

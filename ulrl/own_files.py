@@ -7,7 +7,7 @@ import importlib
 import os
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,21 +59,15 @@ class PurifyRun:
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
 
 
-HELP = {f.name: f.metadata["help"] for f in fields(PurifyRun)}
-
-
 def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     """The model in evaluation mode and the images, uint8, both on the device that was asked for.
 
     `run.model` is the user's own code and is run; the weights and images are read without running anything.
 
     Raises:
-        UserError: a flag that is missing or does not fit, files that cannot be read, a model that does not fit
+        UserError: a flag that does not fit, files that cannot be read, a model that does not fit
             its weights or the images.
     """
-    for flag in ("model", "weights", "images", *(() if run.check else ("out",))):
-        if not getattr(run, flag):
-            raise UserError(f"--{flag} is missing: {HELP[flag]}")
     weights = find_input(run.weights)
     if run.out is not None:
         check_weights_output(Path(run.out), overwrite=run.overwrite, given=weights, flag="--out")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from ulrl.configure import configure_defense, defense_schema
@@ -16,8 +14,10 @@ from ulrl.models import load_model
 from ulrl.own_model import Purified
 from ulrl.record import find_record, load_defense_result
 from ulrl.report.pictures import draw
+from ulrl.report.results import check_result
 from ulrl.report.tables import result_table
 from ulrl.runs.defending import run_once
+from ulrl.untrusted.texts import read_csv
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,11 +47,14 @@ def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = 
     opened = find_record(str(record), "record")
     given = defense_schema(method).check(options, f"the options of {method}")
     defense, run = configure_defense(method, given, opened.dataset, opened.model_name, quiet=True)
-    folder, _ = run_once(defense, opened, run, bar=progress)
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    draw(folder)
+    folder, now = run_once(defense, opened, run, bar=progress)
+    result = check_result(folder / "result.json")
+    if now:
+        draw(folder)
     weights = load_defense_result(folder, opened)
     model = load_model(opened.model_name, opened.num_classes, weights, opened.img_size[2])
-    tables = {file.stem: pd.read_csv(file, index_col=0) for file in folder.glob("*.csv")}
+    inside = opened.folder.resolve()
+    tables = {file.stem: read_csv(file, inside) for file in folder.glob("*.csv")}
+    tables = {name: table.set_index(table.columns[0]) for name, table in tables.items()}
     history = tables.pop(f"{method}_df").reset_index()
     return PurifiedRecord(model, result["flagged"], tables.pop("neurons", None), result, history, tables, folder)

@@ -17,11 +17,10 @@ import torch
 
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.files import home, in_threads
+from ulrl.files import in_threads
 from ulrl.poison_state import PoisonState, need, read_state
-from ulrl.record_formats import PICKLE as RESULT_FILE
+from ulrl.record_folder import check_folder, record_folder, result_file
 from ulrl.record_formats import load_raw
-from ulrl.record_formats import result_file as file_of
 from ulrl.untrusted.images import read_png
 from ulrl.untrusted.opening import real_path
 from ulrl.untrusted.texts import read_json
@@ -91,6 +90,10 @@ class Record:
         labels[poisoned] = state.labels.to(clean.device)
         return PoisonedSet(images, labels, spec, whole.labels, state.exposed.to(clean.device))
 
+    def triggered_train(self) -> torch.Tensor:
+        """Positions in the clean training split, int64 [P], of the samples that were poisoned, covers left out."""
+        return torch.empty(0, dtype=torch.int64) if (state := self.bd_train) is None else state.indices[~state.cover]
+
     def check_test(self, clean: ImageSet) -> None:
         """Raises UserError if a folder of the user's is not the one that the record was made from.
 
@@ -138,11 +141,8 @@ def load_record(path: str | os.PathLike[str]) -> Record:
             to run code.
     """
     folder = Path(os.path.abspath(path))
-    file = file_of(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name the folder of a record, the one with {RESULT_FILE}")
-    if not os.path.lexists(file):
-        raise UserError(f"{file} is missing: not a record, or an attack that did not finish; run it again")
+    check_folder(folder)
+    file = result_file(folder)
     inside = folder.resolve()
     for name in (file.name, INFO_FILE, "result.json"):
         real_path(folder / name, inside)
@@ -170,16 +170,13 @@ def load_record(path: str | os.PathLike[str]) -> Record:
     )
 
 
-def find_record(result_file: str, flag: str = "--result_file") -> Record:
+def find_record(name: str, flag: str = "--result_file") -> Record:
     """The record that `flag` names.
 
     Raises:
         UserError: no name given, no such record, or one that cannot be read.
     """
-    if not result_file:
-        raise UserError(f"{flag} is missing: give the name of a record under record/")
-    named = home() / "record" / result_file
-    return load_record(named if file_of(named).exists() or not Path(result_file).is_dir() else Path(result_file))
+    return load_record(record_folder(name, flag))
 
 
 def load_defense_result(folder: Path, record: Record) -> dict[str, torch.Tensor]:

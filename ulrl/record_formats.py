@@ -18,19 +18,13 @@ import torch
 
 from ulrl.errors import UserError
 from ulrl.files import save_torch
+from ulrl.record_folder import PLAIN
 from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, load_torch
 
-PICKLE, PLAIN = "attack_result.pt", "attack_result.safetensors"
 SPLITS = ("bd_train", "bd_test")
 ARRAYS = ("original_index_array", "poison_indicator")
 NUMBERS_AND_TEXTS = ("model_name", "num_classes", "data_path", "img_size", "clean_data")
-
-
-def result_file(folder: Path) -> Path:
-    """The file of the record in `folder`: BackdoorBench's, or the plain one where only that is there."""
-    plain, pickle = folder / PLAIN, folder / PICKLE
-    return plain if plain.is_symlink() or (plain.exists() and not pickle.exists()) else pickle
 
 
 def load_raw(file: Path, inside: Path) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 from ulrl.data.imageset import DatasetSpec, PoisonedSet
 from ulrl.files import in_threads, save_torch, whole_file
 from ulrl.record import INFO_FILE
-from ulrl.record_formats import PICKLE as RESULT_FILE
+from ulrl.record_folder import PICKLE as RESULT_FILE
 
 
 def write_record(

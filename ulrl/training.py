@@ -198,7 +198,7 @@ def fit(
     batches: Batches,
     epochs: int,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     monitor: Monitor,
     stage: str,
     *,
@@ -212,9 +212,13 @@ def fit(
 ) -> bool:
     """Train `model` in place, for `epochs` passes over `batches`.
 
-    objective: given (model, x, y) under autocast, the scalar to minimise and which samples were right
-    (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm. after_step:
-    called when the weights have moved. stop: given the epoch's training accuracy (on the augmented images,
+    The first seven say what is trained, on what and for how long: every stage has them, each made otherwise.
+    The others are where methods differ within a step. No method has more than three of these besides `amp`, so a
+    bundle of them would be made and opened again for one or two.
+
+    scheduler: None: a constant rate. objective: given (model, x, y) under autocast, the scalar to minimise and which
+    samples were right (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm.
+    after_step: called when the weights have moved. stop: given the epoch's training accuracy (on the augmented images,
     summed while the weights move), says whether to end there.
 
     Returns whether `stop` ended the training. The model is left in train mode.
@@ -253,7 +257,7 @@ def fit(
             loss_mean, accuracy = loss_sum / count, hit_sum / count
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(loss_mean)
-            else:
+            elif scheduler is not None:
                 scheduler.step()
             if not math.isfinite(loss_mean):
                 raise UserError(
@@ -288,6 +292,12 @@ def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
     with _exact_head(model, data.spec.num_classes):
         classes = _outputs(model, data, amp, lambda x: model(x).argmax(1))
     return torch.cat(classes) if classes else data.labels.new_empty(0)
+
+
+def logits(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
+    """What `model`, in eval mode, answers to each image: float32 [N, K] on the set's device. N at least 1."""
+    with _exact_head(model, data.spec.num_classes):
+        return torch.cat(_outputs(model, data, amp, lambda x: model(x).float()))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from PIL import Image
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.files import find_input
+from ulrl.untrusted.arrays import read_npy
+from ulrl.untrusted.images import opened_image
 
 
 def read_image(
@@ -21,10 +23,10 @@ def read_image(
     """
     file = find_input(path)
     try:
-        with Image.open(file) as image:
+        with opened_image(file) as image:
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height), resample))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{flag}: cannot read the image {file} ({error})") from None
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     return torch.from_numpy(pixels.copy()).reshape(height, width, channels).permute(2, 0, 1)
 
 
@@ -36,10 +38,10 @@ def read_bank(path: str, flag: str, rows: torch.Tensor, spec: DatasetSpec) -> to
     """
     file = find_input(path)
     try:
-        bank = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{flag}: cannot read {file} as an .npy array of numbers ({error})") from None
-    if not isinstance(bank, np.ndarray) or bank.dtype != np.uint8 or bank.shape[1:] != spec.img_size:
+        bank = read_npy(file)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    if bank.dtype != np.uint8 or bank.shape[1:] != spec.img_size:
         raise UserError(f"{flag}: {file} does not hold uint8 images [N, {', '.join(map(str, spec.img_size))}]")
     if len(rows) and int(rows.max()) >= len(bank):
         raise UserError(f"{flag}: {file} has {len(bank)} images, and image {int(rows.max())} is wanted")

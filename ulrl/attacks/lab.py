@@ -17,6 +17,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.files import save_torch, whole_file
 from ulrl.seeds import generator
 from ulrl.training import Monitor, Sam, TrainOptions, fit
+from ulrl.untrusted.torchfiles import load_torch
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,10 @@ class Lab:
         """What `compute` returns, on the device of `data`; from the cache where an earlier run left it."""
         file = self.cache / f"{stage}.pt"
         with contextlib.suppress(Exception):  # absent, or damaged: then it is computed
-            held = torch.load(file, map_location=self.data.device, weights_only=True)
+            held = load_torch(file)
             if held["key"] == self.key:
                 log.info("%s: taken from an earlier run", stage)
-                return dict(held["tensors"])
+                return {name: tensor.to(self.data.device) for name, tensor in held["tensors"].items()}
         tensors = {name: tensor.detach().cpu() for name, tensor in compute().items()}
         self.cache.mkdir(exist_ok=True)
         with whole_file(file) as partial:

@@ -19,6 +19,7 @@ from ulrl.files import find_input
 from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
 from ulrl.seeds import generator
+from ulrl.untrusted.arrays import read_npy
 
 
 @register("lf")
@@ -81,15 +82,15 @@ class LowFrequency(Additive):
             return self.learned["pattern"]
         file = find_input(self.lowFrequencyPatternPath)
         try:
-            values = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
-        except (OSError, ValueError, EOFError, AttributeError) as error:
-            raise UserError(f"--lowFrequencyPatternPath: cannot read {file} as an .npy array ({error})") from None
-        values = values[0] if values.ndim == 4 else values
-        values = values[..., None].expand(*values.shape, channels) if values.ndim == 2 else values
-        if values.shape != (height, width, channels):
+            held = read_npy(file)
+        except UserError as error:
+            raise UserError(f"--lowFrequencyPatternPath: {error}") from None
+        held = held[0] if held.ndim == 4 and len(held) else held
+        if held.shape not in ((height, width), (height, width, channels)):
             raise UserError(
-                f"--lowFrequencyPatternPath: {file} has shape {tuple(values.shape)}, not {(height, width, channels)}"
+                f"--lowFrequencyPatternPath: {file} has shape {held.shape}, not {(height, width, channels)}"
             )
+        values = torch.from_numpy(held.astype(np.float32)).reshape(height, width, -1).expand(-1, -1, channels)
         return values.permute(2, 0, 1) * (255 if values.abs().amax() <= 1 else 1)
 
 

@@ -37,11 +37,13 @@ A model of your own
 Records, which are backdoored models with what is needed to judge a repair
   attack NAME [options]            make one, as python attack/NAME.py
   defense NAME [options]           repair one, as python defense/NAME.py
+  detect RECORD --samples [options]  which images of its training set are poisoned, as scores, judged
   show RECORD                      what was planted, how well it works, its pictures and its defenses so far
   inspect FILE                     what a record, checkpoint or weights file holds, without loading it
   convert RECORD --to safetensors  the same record without a pickle; --to pickle: as BackdoorBench reads it
   preview ATTACK [options]         draw an attack's trigger, without training a backdoored model
-  list                             attacks, defenses, data sets and models
+  clip [options]                   the same for images with captions: plant a backdoor in a dual encoder, and repair it
+  list                             attacks, defenses, sample detectors, data sets and models
   list configs                     the options files that come with ulrl, by the names that --yaml_path and sweep take
 
 Studies
@@ -51,9 +53,11 @@ Studies
   report [FOLDER] --out FILE       the same as a page that opens in a browser, with a section per run
   plot FIGURE [FOLDER] --out FILE  a figure for a paper: asr-acc, heatmap, ranking or tsne"""
 
-COMMANDS = {  # and the module, imported when it is asked for, with a function of that name
+# And the module, imported when it is asked for, with a function of that name. It imports what takes seconds, such as
+# torch, when the arguments are found to be in order.
+COMMANDS = {
     "attack": "running", "defense": "running", "preview": "running", "compare": "running", "sweep": "running",
-    "purify": "own", "list": "listing",
+    "purify": "own", "list": "listing", "detect": "detecting", "clip": "captioned",
     "inspect": "strangers", "convert": "strangers",
     "show": "showing", "results": "showing", "report": "showing", "plot": "showing",
 }  # fmt: skip
@@ -70,6 +74,4 @@ def _command(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; ulrl --help says what each does")
     module = importlib.import_module(f"ulrl.cli.{COMMANDS[name]}")
-    if "torch" in sys.modules:  # which a list does without
-        sys.modules["torch"].backends.cudnn.deterministic = True
     getattr(module, name if name != "list" else "list_")(rest)

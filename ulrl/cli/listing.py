@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from rich.table import Table
-
-from ulrl.attacks.base import ATTACKS
 from ulrl.cli.terminal import print_table
-from ulrl.configure import shipped_files
-from ulrl.data.datasets import DATASETS
-from ulrl.defenses.base import DEFENSES
+from ulrl.declared import about, declared, keys, methods
 from ulrl.errors import UserError
-from ulrl.models.architectures import ARCHITECTURES
+from ulrl.shipped import shipped_files
 
 
 def list_(argv: Sequence[str]) -> None:
@@ -22,11 +16,12 @@ def list_(argv: Sequence[str]) -> None:
         return
     if argv:
         raise UserError(f"ulrl list takes nothing or `configs`, and {argv[0]!r} is neither")
+    from rich.table import Table
+
     table = Table("kind", "name", "what it is")
-    for kind, registry in (("attack", ATTACKS), ("defense", DEFENSES)):
-        for name, cls in registry.items():
-            module = sys.modules[cls.__module__]
-            table.add_row(kind, name, (module.__doc__ or "").splitlines()[0])
-    table.add_row("dataset", ", ".join(DATASETS), "")
-    table.add_row("model", ", ".join(ARCHITECTURES), "")
+    for kind, package in (("attack", "attacks"), ("defense", "defenses"), ("sample detector", "detectors")):
+        for name, (module, _) in methods(f"ulrl.{package}").items():
+            table.add_row(kind, name, about(module).partition("\n")[0])
+    table.add_row("dataset", ", ".join(declared("ulrl.data.datasets", "DATASETS")), "")
+    table.add_row("model", ", ".join(keys("ulrl.models.architectures", "ARCHITECTURES")), "")
     print_table(table)

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from ulrl import own_files
-from ulrl.cli.terminal import print_path, print_table
-from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.cli import flags
+from ulrl.cli.terminal import print_path, print_table, same_bits
+from ulrl.declared import about, declared
 from ulrl.errors import UserError
 from ulrl.options import Schema
-from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN, Note
-from ulrl.own_model.given import make_method
-from ulrl.report.tables import accuracy_table, suspicion_table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ulrl.data.imageset import ImageSet
+    from ulrl.defenses.base import Defense
+    from ulrl.own_files import PurifyRun
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}
-
 
 def purify(argv: Sequence[str]) -> None:
+    options = declared("ulrl.own_files", "PurifyRun")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--method", default=own_files.PurifyRun.method)
-    cls = DEFENSES[peek.parse_known_args(argv)[0].method]  # whose options are flags, too
-    schema = Schema(own_files.PurifyRun, cls)
-    settings, _ = schema.merge(("given", schema.flags(argv, "ulrl purify", inspect.getdoc(own_files) or "")))
-    run, defense = settings.build(own_files.PurifyRun), settings.build(cls)
+    peek.add_argument("--method", default=options.method)
+    name = peek.parse_known_args(argv)[0].method
+    schema = Schema(options, flags.method("defense", name))  # whose options are flags, too
+    given = schema.flags(argv, "ulrl purify", about("ulrl.own_files"))
+    for flag in ("model", "weights", "images", *(() if given.get("check") else ("out",))):
+        if not given.get(flag):
+            raise UserError(f"--{flag} is missing: {schema.fields[flag].metadata['help']}")
+    same_bits()
+    from ulrl import own_files
+    from ulrl.defenses.base import DEFENSES
+    from ulrl.own_model import Note
+    from ulrl.own_model.given import make_method
+    from ulrl.report.tables import accuracy_table
+
+    settings, _ = schema.merge(("given", given))
+    run, defense = settings.build(own_files.PurifyRun), settings.build(DEFENSES[name])
     if not run.check:
         make_method(run.method, {})
     model, images = own_files.load(run)
@@ -55,8 +66,12 @@ def purify(argv: Sequence[str]) -> None:
     print_path(run.out or "")
 
 
-def _diagnose(run: own_files.PurifyRun, model: nn.Module, images: ImageSet, defense: Defense) -> list[str]:
+def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defense) -> list[str]:
     """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
+    from ulrl import own_files
+    from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN
+    from ulrl.report.tables import suspicion_table
+
     try:
         own_files.diagnosis(defense).check(model, images)
     except UserError as reason:
@@ -74,5 +89,5 @@ def _diagnose(run: own_files.PurifyRun, model: nn.Module, images: ImageSet, defe
         raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
     if run.check:
-        sys.exit(EXIT_CODES[found.verdict])
+        sys.exit({NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}[found.verdict])
     return notes

@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ulrl.attacks.base import ATTACKS
-from ulrl.cli.terminal import first_name, plain_options, print_path, print_table
-from ulrl.configure import (
-    AttackRun,
-    DefenseRun,
-    PreviewRun,
-    attack_schema,
-    configure_attack,
-    configure_defense,
-    defense_schema,
-    yaml_layer,
-)
-from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.cli.flags import attack_flags, defense_flags, method
+from ulrl.cli.terminal import first_name, plain_options, print_path, print_table, same_bits
+from ulrl.declared import declared
 from ulrl.errors import UserError
 from ulrl.files import whole_file
 from ulrl.options import Schema, option
-from ulrl.record import Record, find_record
-from ulrl.report import plots
-from ulrl.report.pictures import draw
-from ulrl.report.results import check_result
-from ulrl.report.tables import comparison_table, perceptibility_table, result_table
-from ulrl.runs.attacking import run_attack, run_preview
-from ulrl.runs.defending import run_defense, run_once
-from ulrl.sweep import scheduler
+from ulrl.record_folder import record_folder
+from ulrl.shipped import options_file
+
+if TYPE_CHECKING:
+    from ulrl.configure import DefenseRun
+    from ulrl.defenses.base import Defense
+    from ulrl.record import Record
 
 
 def attack(argv: Sequence[str]) -> None:
     name, argv = first_name(argv, "attack", "an attack")
-    flags = attack_schema(name).flags(argv, f"attack/{name}.py", inspect.getdoc(ATTACKS[name]) or "")
+    flags = attack_flags(name, argv, "AttackRun", f"attack/{name}.py")
+    same_bits()
+    from ulrl.configure import AttackRun, configure_attack
+    from ulrl.runs.attacking import run_attack
+
     _report(*run_attack(*configure_attack(name, flags, AttackRun)))
 
 
 def preview(argv: Sequence[str]) -> None:
     name, argv = first_name(argv, "preview", "an attack")
-    flags = attack_schema(name, PreviewRun).flags(argv, f"ulrl preview {name}", inspect.getdoc(ATTACKS[name]) or "")
+    flags = attack_flags(name, argv, "PreviewRun", f"ulrl preview {name}")
+    same_bits()
+    from ulrl.configure import PreviewRun, configure_attack
+    from ulrl.report import plots
+    from ulrl.report.tables import perceptibility_table
+    from ulrl.runs.attacking import run_preview
+
     attack, run, training = configure_attack(name, flags, PreviewRun)
     sample = run_preview(attack, run, training)
     path = Path(f"preview_{attack.name}_{run.dataset}.png")
@@ -56,14 +54,19 @@ def preview(argv: Sequence[str]) -> None:
 
 def defense(argv: Sequence[str]) -> None:
     name, argv = first_name(argv, "defense", "a defense")
-    schema = defense_schema(name)
-    flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(DEFENSES[name]) or "")
-    named = flags.get("result_file") or yaml_layer(schema, flags.get("yaml_path"))[1].get("result_file", "")
-    _report(*run_defense(*_on(find_record(named), name, flags)))
+    flags, named = defense_flags(name, argv)
+    folder = record_folder(named)
+    same_bits()
+    from ulrl.record import load_record
+    from ulrl.runs.defending import run_defense
+
+    _report(*run_defense(*_on(load_record(folder), name, flags)))
 
 
 def _on(record: Record, name: str, flags: Mapping[str, Any]) -> tuple[Defense, Record, DefenseRun]:
     """A defense with the options that it has on a record."""
+    from ulrl.configure import configure_defense
+
     defense, run = configure_defense(name, flags, record.dataset, record.model_name)
     return defense, record, run
 
@@ -81,35 +84,51 @@ class Comparison:
 def compare(argv: Sequence[str]) -> None:
     """Each defense as its script would run it, every seed into a folder of its own; what is there is kept."""
     named, argv = first_name(argv, "compare", "a record")
-    schema = Schema(Comparison, DefenseRun)
+    schema = Schema(Comparison, declared("ulrl.configure", "DefenseRun"))
     flags = schema.flags(argv, "ulrl compare RECORD", "Run several defenses on one record and compare them.")
     comparison = schema.merge(("flag", flags))[0].build(Comparison)
     shared = {k: v for k, v in flags.items() if k not in ("defenses", "seeds")}
-    record, results = find_record(named), []
     names = [name.strip() for name in comparison.defenses.split(",")]
     for name in names:
-        DEFENSES[name]  # an unknown one is told before any has run
+        method("defense", name)  # an unknown one is told before any has run
+    folder = record_folder(named)
+    same_bits()
+    from ulrl.record import load_record
+    from ulrl.report.pictures import draw
+    from ulrl.report.results import check_result
+    from ulrl.report.tables import comparison_table
+    from ulrl.runs.defending import run_once
+
+    record, results = load_record(folder), []
     for seed in range(comparison.seeds):
         for name in names:
             defense, _, run = _on(record, name, {**shared, "random_seed": seed})
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
-            folder, _ = run_once(defense, record, run)
-            results.append(check_result(folder / "result.json"))  # which may have come with the record
-            draw(folder)
+            folder, now = run_once(defense, record, run)
+            results.append(check_result(folder / "result.json"))
+            if now:
+                draw(folder)
     print_table(comparison_table(record.name, results))
 
 
 def sweep(argv: Sequence[str]) -> None:
     file = argv[0] if argv and not argv[0].startswith("-") else None
     description = "Do the runs that a sweep file names; exits with 1 when one failed."
-    options = plain_options(scheduler.SweepOptions, argv[1:] if file else argv, "ulrl sweep FILE", description)
+    cls = declared("ulrl.sweep.scheduler", "SweepOptions")
+    options = plain_options(cls, argv[1:] if file else argv, "ulrl sweep FILE", description)
     if file is None:
         raise UserError("name a sweep file first: yours, or a shipped one such as sweep/quick")
+    options_file(file)
+    from ulrl.sweep import scheduler
+
     if not scheduler.sweep(file, options):
         sys.exit(1)
 
 
 def _report(folder: Path, result: dict[str, Any]) -> None:
+    from ulrl.report.pictures import draw
+    from ulrl.report.tables import result_table
+
     draw(folder)
     print_table(result_table(result))
     with contextlib.suppress(ValueError):  # not below the current directory: keep it absolute

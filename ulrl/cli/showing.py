@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from ulrl.cli.terminal import first_name, plain_options, print_path, print_table
+from ulrl.declared import declared
 from ulrl.errors import UserError
 from ulrl.files import check_output, find_input, home, whole_file
 from ulrl.options import option
-from ulrl.record import find_record
+from ulrl.record_folder import record_folder
 from ulrl.registry import nearest
-from ulrl.report import plots
-from ulrl.report.frame import KEYS, export_frame, frame_of_runs, harmless_cells, select
-from ulrl.report.page import write_report
-from ulrl.report.pooling import in_order, summarise
-from ulrl.report.results import find_runs, load_ranking
-from ulrl.report.tables import record_table, summary_latex, summary_markdown, summary_table
-from ulrl.runs.showing import penultimate_features
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KEYS: tuple[str, ...] = declared("ulrl.report.frame", "KEYS")
 
 
 def show(argv: Sequence[str]) -> None:
     named, argv = first_name(argv, "show", "a record")
     plain_options(NoOptions, argv, "ulrl show RECORD", "What a record holds, and what defenses came to on it.")
-    record = find_record(named, "the record")
-    print_table(record_table(record, find_runs(record.folder)[0]))
+    folder = record_folder(named, "the record")
+    from ulrl.record import load_record
+    from ulrl.report.results import find_runs
+    from ulrl.report.tables import record_table
+
+    print_table(record_table(load_record(folder), find_runs(folder)[0]))
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ def results(argv: Sequence[str]) -> None:
     options = plain_options(ResultsOptions, argv, "ulrl results [FOLDER]", "Collect what runs came to.")
     if options.export:
         check_output(Path(options.export), "--export", (".parquet", ".csv"))
+    from ulrl.report.frame import export_frame, harmless_cells
+    from ulrl.report.pooling import in_order, summarise
+    from ulrl.report.tables import summary_latex, summary_markdown, summary_table
+
     frame = _runs_below(root, options.where)
     summary = in_order(summarise(frame, options.by))
     if options.export:
@@ -80,6 +86,8 @@ def report(argv: Sequence[str]) -> None:
     root, argv = _folder(argv)
     options = plain_options(PageOptions, argv, "ulrl report [FOLDER]", "Make one page of all runs.")
     check_output(Path(options.out), "--out")
+    from ulrl.report.page import write_report
+
     runs = write_report(root, Path(options.out))
     print(f"{options.out}: {runs} runs; open it in a browser")
 
@@ -112,12 +120,18 @@ def plot(argv: Sequence[str]) -> None:
     options = plain_options(PlotOptions, argv, f"ulrl plot {figure} [FOLDER]", "Draw a figure for a paper.")
     out = Path(options.out)
     check_output(out, "--out", (".pdf", ".svg", ".png"))
+    from ulrl.report import plots
+
     format, paper = out.suffix[1:], options.style == "paper"
     with whole_file(out) as partial:
         match figure:
             case "ranking":
+                from ulrl.report.results import load_ranking
+
                 plots.neuron_ranking(partial, *load_ranking(root), format, paper)
             case "tsne":
+                from ulrl.runs.showing import penultimate_features
+
                 plots.tsne(partial, *penultimate_features(root, options.dataset_path, options.device, options.samples),
                            format, paper)  # fmt: skip
             case _:
@@ -130,6 +144,9 @@ def plot(argv: Sequence[str]) -> None:
 
 
 def _runs_below(root: Path, where: str | None) -> pd.DataFrame:
+    from ulrl.report.frame import frame_of_runs, select
+    from ulrl.report.results import find_runs
+
     frame = select(frame_of_runs(find_runs(root)[0]), where)
     if frame.empty:
         raise UserError(f"no result.json below {root}" + (f" with {where}" if where else ""))
@@ -137,7 +154,14 @@ def _runs_below(root: Path, where: str | None) -> pd.DataFrame:
 
 
 def _folder(arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
-    """The folder named first, or `record/`, and the arguments after it."""
+    """The folder named first, or `record/`, and the arguments after it.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     if arguments and not arguments[0].startswith("-"):
-        return find_input(arguments[0]), arguments[1:]
+        root = find_input(arguments[0])
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder; name one that holds records, or a record")
+        return root, arguments[1:]
     return home() / "record", arguments

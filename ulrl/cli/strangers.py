@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ulrl.cli.terminal import first_name, plain_options, print_path
-from ulrl.converting import ConvertOptions, inspect_file
-from ulrl.converting import convert as convert_record
+from ulrl.declared import declared
 from ulrl.errors import UserError
 from ulrl.files import find_input
-from ulrl.record import find_record
+from ulrl.record_folder import record_folder
 
 
 def inspect(argv: Sequence[str]) -> None:
@@ -17,6 +16,8 @@ def inspect(argv: Sequence[str]) -> None:
     named, rest = first_name(argv, "inspect", "a file, or the folder of a record")
     if rest:
         raise UserError(f"ulrl inspect takes a file and no options, and {rest[0]!r} is one too many")
+    from ulrl.converting import inspect_file
+
     lines, safe = inspect_file(find_input(named))
     print("\n".join(lines))
     if not safe:
@@ -25,5 +26,10 @@ def inspect(argv: Sequence[str]) -> None:
 
 def convert(argv: Sequence[str]) -> None:
     named, rest = first_name(argv, "convert", "a record")
-    options = plain_options(ConvertOptions, rest, "ulrl convert RECORD", "Write a record in another spelling.")
-    print_path(convert_record(find_record(named, "the record"), options))
+    cls = declared("ulrl.converting", "ConvertOptions")
+    options = plain_options(cls, rest, "ulrl convert RECORD", "Write a record in another spelling.")
+    folder = record_folder(named, "the record")
+    from ulrl.converting import convert as convert_record
+    from ulrl.record import load_record
+
+    print_path(convert_record(load_record(folder), options))

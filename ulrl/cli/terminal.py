@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ulrl.errors import LineFormatter, UserError, one_line
+from ulrl.options import Schema
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,8 +22,6 @@ Options = TypeVar("Options")
 
 def plain_options(cls: type[Options], argv: Sequence[str], prog: str, description: str) -> Options:
     """The options of a command that takes flags only."""
-    from ulrl.options import Schema
-
     schema = Schema(cls)
     return schema.merge(("flag", schema.flags(argv, prog, description)))[0].build(cls)
 
@@ -36,6 +35,13 @@ def first_name(argv: Sequence[str], command: str, what: str) -> tuple[str, Seque
     if not argv or argv[0].startswith("-"):
         raise UserError(f"ulrl {command}: name {what} first, before the options")
     return argv[0], argv[1:]
+
+
+def same_bits() -> None:
+    """Ask torch, which is imported by this at the latest, for the same result every time."""
+    import torch
+
+    torch.backends.cudnn.deterministic = True
 
 
 def print_table(table: RenderableType) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ulrl.files import waited_for, whole_file
+from ulrl.untrusted.arrays import mapped
 
 log = logging.getLogger(__name__)
 
@@ -71,17 +72,11 @@ def _map(file: Path, shape: tuple[int, ...]) -> Array | None:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with open(descriptor, "rb") as content:
-        try:
-            if np.lib.format.read_magic(content) != (1, 0):
-                return None
-            found, in_columns, dtype = np.lib.format.read_array_header_1_0(content)
-        except Exception:  # whatever numpy makes of a damaged header
-            return None
-        start, size = content.tell(), math.prod(shape)
-        if (found, in_columns, dtype) != (shape, False, np.uint8) or os.fstat(descriptor).st_size != start + size:
-            return None
-        return np.memmap(content, np.uint8, "c", start, shape) if size else np.empty(shape, np.uint8)
+    with open(descriptor, "rb") as content, contextlib.suppress(Exception):  # whatever numpy makes of a damaged one
+        array = mapped(content)
+        if array.shape == shape and array.dtype == np.uint8 and array.flags.c_contiguous:
+            return array
+    return None
 
 
 def _write(file: Path, shape: tuple[int, ...], parts: Iterable[Array]) -> None:
@@ -93,6 +88,7 @@ def _write(file: Path, shape: tuple[int, ...], parts: Iterable[Array]) -> None:
 
 
 def _remove_stale(file: Path, name: str) -> None:
+    """Other stamps of the name, and what a killed process was writing; the caller has the lock."""
     for other in file.parent.iterdir():
-        if other != file and re.fullmatch(re.escape(name) + r"_[0-9a-f]+\.npy", other.name):
+        if other != file and re.fullmatch(rf"\.?{re.escape(name)}_[0-9a-f]+\.npy(\.[0-9a-f]+\.partial)?", other.name):
             other.unlink(missing_ok=True)

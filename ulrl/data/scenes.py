@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def _draw(words: np.random.PCG64, low: Any, high: Any, shape: tuple[int, ...]) -
     return (raw % span).astype(np.int64) + low
 
 
-def _blocks(count: int, seed: int, sizes: list[tuple[int, ...]]) -> Iterator[tuple[int, Drawn]]:
+def _blocks(count: int, seed: int, sizes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Drawn]]:
     """(the first scene's place, what is drawn) of each block. sizes: (height, width) of each photograph's part."""
     words = np.random.PCG64(seed)  # its raw words are fixed by NumPy's compatibility policy, a Generator's draws not
     for start in range(0, count, BLOCK):

@@ -17,7 +17,7 @@ from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.perturbation import pixel, still
 from ulrl.errors import UserError
 from ulrl.options import option
-from ulrl.training import Monitor, fit, make_scheduler
+from ulrl.training import Monitor, fit
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class NPD(Defense):
                 optimizer = torch.optim.SGD(plug.parameters(), self.lr, self.sgd_momentum, weight_decay=self.wd)
                 fit(
                     model, self.batches(clean, "polarize", augmented=False), self.epochs, optimizer,
-                    make_scheduler(optimizer, "constant", self.epochs), monitor, "polarize",
+                    None, monitor, "polarize",
                     amp=self.amp, objective=objective,
                 )  # fmt: skip
                 model.eval()

@@ -14,7 +14,7 @@ from ulrl.defenses.mask_pruning import MaskPruning
 from ulrl.defenses.masks import clamp, masked, norm_layers
 from ulrl.defenses.unlearning import Unlearning
 from ulrl.options import option
-from ulrl.training import Monitor, fit, make_scheduler
+from ulrl.training import Monitor, fit
 
 _RELEASE = "RNP release"
 
@@ -56,7 +56,7 @@ class RNP(MaskPruning, Unlearning):
             optimizer = torch.optim.SGD(values, self.recovering_lr * self.alpha, self.sgd_momentum)
             fit(
                 unlearned, self.batches(clean, "recover"), self.recovering_epochs, optimizer,
-                make_scheduler(optimizer, "constant", self.recovering_epochs), monitor, "recover",
+                None, monitor, "recover",
                 amp=self.amp, after_step=lambda: clamp(masks),
             )  # fmt: skip
         return {path: v.detach() for path, v in zip(norm_layers(unlearned), values, strict=True)}

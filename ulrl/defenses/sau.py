@@ -14,7 +14,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.perturbation import pixel, still
 from ulrl.options import option
-from ulrl.training import Monitor, fit, make_scheduler
+from ulrl.training import Monitor, fit
 
 
 @register("sau")
@@ -71,7 +71,7 @@ class SAU(Defense):
             optimizer = torch.optim.Adam(model.parameters(), self.lr)
             fit(
                 model, self.batches(clean, "unlearn", augmented=False), self.n_rounds, optimizer,
-                make_scheduler(optimizer, "constant", self.n_rounds), monitor, "unlearn",
+                None, monitor, "unlearn",
                 amp=self.amp, objective=objective,
             )  # fmt: skip
         shared, count = fooled.tolist()

@@ -16,7 +16,7 @@ from ulrl.defenses.selection import Selecting, sweep
 from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.options import option
-from ulrl.training import OPTIMIZERS, Monitor, Sam, fit, make_optimizer, make_scheduler
+from ulrl.training import OPTIMIZERS, Monitor, Sam, fit, make_optimizer
 
 _RELEASE = "TSBD release"
 NEURON_RATIOS = (0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -103,7 +103,7 @@ class TSBD(Selecting, Unlearning):
         optimizer = make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum)
         fit(
             model, self.batches(clean, "finetune"), self.epochs, optimizer,
-            make_scheduler(optimizer, "constant", self.epochs), monitor, "finetune",
+            None, monitor, "finetune",
             amp=self.amp, sam=Sam(self.radius, mix=self.alpha),
         )  # fmt: skip
 

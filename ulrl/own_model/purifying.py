@@ -17,6 +17,7 @@ from torch import nn
 from ulrl.defenses.base import Repair
 from ulrl.defenses.selection import split
 from ulrl.errors import UserError
+from ulrl.machine import threads_for
 from ulrl.own_model.given import Augment, Images, Progress, make_method, make_monitor, prepare, say
 from ulrl.own_model.saving import save_weights
 from ulrl.seeds import global_stream
@@ -111,7 +112,8 @@ def purify(
         train, held_out = split(clean, hold_out, defense.random_seed)
     elif hold_out:
         notes.append(f"{len(clean)} samples are too few to hold {hold_out:.0%} of them out: accuracy is of all of them")
-    with global_stream(defense.random_seed, "purify", clean.device):
+    pixels, device = clean.spec.height * clean.spec.width, clean.device
+    with threads_for(pixels, device), global_stream(defense.random_seed, "purify", device):
         before = accuracy(given.model, held_out, defense.amp)
         repair: Repair = defense.run(given.model, train, monitor)
         after = accuracy(repair.model, held_out, defense.amp)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ulrl.defenses.universal import STEPS, smallest_universal
+from ulrl.machine import threads_for
 from ulrl.own_model.given import UNREADABLE, Augment, Images, Progress, make_method, make_monitor, prepare, say
 from ulrl.seeds import generator, global_stream
 
@@ -103,7 +104,8 @@ def suspect(
         none = pd.DataFrame(columns=["change", "z", "flagged", "perturbation", "reach"])
         say(given.notes)
         return Suspicion(NO_VERDICT, None, math.nan, math.nan, none, report)
-    with global_stream(defense.random_seed, "purify", clean.device):
+    pixels = clean.spec.height * clean.spec.width
+    with threads_for(pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
         ranking, unlearned, _ = defense.diagnose(given.model, clean, monitor)
         order = torch.from_numpy(ranking.z.where(ranking.change > ranking.change.median(), 0).to_numpy(copy=True))
         classes = order.argsort(descending=True, stable=True)[:SEARCH_CLASSES].to(clean.device)

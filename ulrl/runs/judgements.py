@@ -21,9 +21,11 @@ from torch import nn
 
 from ulrl.data.cache import cache_folder
 from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT, whole_file
 from ulrl.machine import autocast
 from ulrl.metrics import Judgement
+from ulrl.untrusted.texts import read_json
 
 
 def kept(
@@ -31,18 +33,18 @@ def kept(
 ) -> Judgement:
     """What `judged` returns, or what it returned for the same model of architecture `name` on the same data."""
     file = cache_folder() / "judgements" / f"{_digest(name, model, clean, poisoned, amp)}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # absent or damaged: then it is judged
+    with contextlib.suppress(UserError, ValueError, TypeError):  # absent or damaged: then it is judged
         return _read(file, len(clean), len(poisoned))
     judgement = judged()
     with contextlib.suppress(OSError):  # a cache that cannot be written is none
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with whole_file(file) as partial:
             partial.write_text(json.dumps(asdict(judgement)))
     return judgement
 
 
 def _read(file: Path, n_clean: int, n_poisoned: int) -> Judgement:
-    held = Judgement(**json.loads(file.read_text()))
+    held = Judgement(**read_json(file))
     for figure, needed in ((held.acc, True), (held.asr, n_poisoned > 0), (held.ra, n_poisoned > 0)):
         if (figure is not None) is not needed or (figure is not None and not 0 <= figure <= 1):
             raise ValueError

@@ -11,7 +11,9 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -39,8 +41,11 @@ class RayEngine:
             import ray
         except ImportError:
             raise UserError("--engine ray needs Ray, an optional extra: pip install 'ulrl[ray]'") from None
+        stop = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, stop)  # Ray has put one of its own there
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"--address {address}: no Ray cluster there ({error}); start one with `ray start --head`, or leave "
@@ -49,7 +54,8 @@ class RayEngine:
         self._ray = ray
         self._cpus, self._per_gpu = cpus_per_job, jobs_per_gpu
         self._by_value = by_value
-        self._token = next(sweep_folder().glob("*.seen"), sweep_folder() / f"{uuid.uuid4().hex}.seen")
+        seen = [file for file in sweep_folder().glob("*.seen") if not file.is_symlink()]
+        self._token = seen[0] if seen else sweep_folder() / f"{uuid.uuid4().hex}.seen"
         self._token.touch()  # it stays, for other sweeps too
         self._task = ray.remote(_work)
         self._tasks: dict[Any, Job] = {}

@@ -18,13 +18,13 @@ from ulrl.configure import (
     configure_attack,
     configure_defense,
     defense_schema,
-    options_file,
     options_of,
 )
 from ulrl.data.datasets import dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.registry import nearest
+from ulrl.shipped import options_file
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
 from ulrl.untrusted.texts import read_yaml
 

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -110,6 +111,8 @@ def sweep_folder() -> Path:
     """What sweeps tell each other: a lock for each job, and what running ones say."""
     folder = home() / "record" / ".sweep"
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():  # it could have come with a record, and lead the writing anywhere
+        raise UserError(f"{folder} is a link, and sweeps write below record/ only; remove it")
     return folder
 
 
@@ -169,7 +172,7 @@ def attempt(job: Job) -> None:
         if not ours or job.done() or job.failed():
             return
         torch.backends.cudnn.deterministic = True
-        with _said_to(job.log):
+        with open_log(job, "w") as log, _said_to(log):
             try:
                 job.work()
                 if not job.done():
@@ -188,7 +191,7 @@ def give_up(job: Job, reason: str) -> None:
     """Mark a job as failed whose process ended without a word, unless another has taken it."""
     with claim(job) as ours:
         if ours and not job.done():
-            with job.log.open("a") as file:
+            with open_log(job, "a") as file:
                 file.write(f"ulrl: {reason}\n")
             _keep_log(job)
 
@@ -217,16 +220,24 @@ def seconds(job: Job) -> float | None:
     return None
 
 
+def open_log(job: Job, mode: str) -> IO[str]:
+    """What a job says, in a new file ("w") or at its end ("a"); where a link lies, that is removed, not followed."""
+    if mode == "w" or job.log.is_symlink():
+        job.log.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.fdopen(os.open(job.log, flags, 0o666), mode, buffering=1, encoding="utf-8", errors="backslashreplace")
+
+
 def _keep_log(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     os.replace(job.log, job.folder / FAILED_LOG)
 
 
 @contextlib.contextmanager
-def _said_to(path: Path) -> Iterator[None]:
+def _said_to(file: IO[str]) -> Iterator[None]:
     """All that this process says goes into a file: what Python prints and logs, and what native code does."""
     logger = logging.getLogger("ulrl")
-    with path.open("w", buffering=1) as file, contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo:
         for descriptor in (1, 2):
             kept = os.dup(descriptor)
             undo.callback(os.close, kept)

@@ -10,13 +10,15 @@ import sys
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
 
 from ulrl.errors import UserError
 from ulrl.untrusted.opening import TEXT, read_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 YAML = 256 << 10  # bytes; PyYAML reads about 100 KB a second
 DIGITS = 400  # of a number
@@ -94,6 +96,8 @@ def read_csv(file: str | os.PathLike[str], inside: Path | None = None) -> pd.Dat
     Raises:
         UserError: as `read_text`, or not such a table.
     """
+    import pandas as pd
+
     text = read_text(file, TEXT, inside)
     if text[: text.find("\n") + 1 or None].count(",") >= COLUMNS:
         raise UserError(f"{file} has more than {COLUMNS} columns; is it another file?")

@@ -1,0 +1,141 @@
+"""What a command says before it works: at once, without importing torch, and the same as with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ulrl.attacks.base import ATTACKS
+from ulrl.cli import COMMANDS
+from ulrl.configure import AttackRun, DefenseRun, PreviewRun
+from ulrl.converting import ConvertOptions
+from ulrl.data.datasets import DATASETS
+from ulrl.declared import about, declared, keys, methods
+from ulrl.defenses.base import DEFENSES
+from ulrl.models.architectures import ARCHITECTURES
+from ulrl.options import Schema
+from ulrl.own_files import PurifyRun
+from ulrl.registry import Registry
+from ulrl.report.frame import KEYS
+from ulrl.sweep.scheduler import SweepOptions
+from ulrl.training import TrainOptions
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "numpy", "pandas", "matplotlib", "sklearn", "PIL")
+REGISTRIES: dict[str, Registry[Any]] = {"attacks": ATTACKS, "defenses": DEFENSES}
+METHODS = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
+
+# As `ulrl` does it; afterwards it says which heavy modules there are.
+CHILD = """
+import sys
+from ulrl.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & set(%r)))
+"""
+
+
+def said(*arguments: str, home: Path) -> tuple[int, list[str], str]:
+    """The exit code, the heavy modules that were imported, and what was said."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD % (HEAVY,), *arguments], cwd=home, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ULRL_HOME": str(home)},
+    )  # fmt: skip
+    *lines, last = done.stdout.splitlines()
+    return done.returncode, last.split()[1:], "\n".join([*lines, done.stderr])
+
+
+HELP = [(command, "--help") for command in COMMANDS if command not in ("list", "inspect", "attack", "defense")]
+MISTAKES = {
+    ("deffense", "ulrl"): "did you mean 'defense'?",
+    ("attack", "badnett"): "did you mean 'badnet'?",
+    ("attack", "badnet", "--patch_size", "0"): "must be at least 1",
+    ("attack", "wanet", "--yaml_path", "nowhere"): "No such file",
+    ("attack", "sig", "--bd_yaml_path", "wrong.yaml"): "did you mean 'pratio'?",
+    ("preview", "blended", "--wdth", "4"): "did you mean '--width'?",
+    ("defense",): "name a defense first",
+    ("defense", "anq"): "did you mean 'anp'?",
+    ("defense", "ulrl", "--relern_lr", "1"): "did you mean '--relearn_lr'?",
+    ("defense", "ulrl", "--relearn_lr", "fast"): "is not a number",
+    ("defense", "ft"): "--result_file is missing",
+    ("defense", "ft", "--result_file", "nothing"): "is not a folder",
+    ("compare", "nothing", "--defenses", "ft,fts"): "unknown defense 'fts'",
+    ("purify", "--method", "ulr"): "did you mean 'ulrl'?",
+    ("purify", "--model", "a:b"): "--weights is missing",
+    ("sweep", "sweep/quik"): "did you mean 'sweep/quick'?",
+    ("sweep",): "name a sweep file first",
+    ("show", "nothing"): "is not a folder",
+    ("inspect",): "name a file",
+    ("convert", "nothing"): "is not a folder",
+    ("results", "nothing"): "is not a folder",
+    ("results", "--format", "xml"): "is none of",
+    ("report", "--out", "no/where.html"): "there is no folder",
+    ("plot", "heat"): "did you mean 'heatmap'?",
+    ("plot", "heatmap", "--out", "a.gif"): "ends in .pdf",
+    ("list", "config"): "takes nothing or `configs`",
+}
+
+
+@pytest.mark.parametrize("command", [(), ("list",), ("list", "configs"), ("--version",), *HELP], ids=" ".join)
+def test_help_and_lists_wait_for_nothing(command: tuple[str, ...], tmp_path: Path) -> None:
+    if command[-1:] == ("--help",) and command[0] in ("preview", "plot", "compare", "show", "convert"):
+        command = (command[0], {"preview": "wanet", "plot": "tsne"}.get(command[0], "one"), "--help")
+    code, heavy, text = said(*command, home=tmp_path)
+    assert (code, heavy) == (0, []), text
+
+
+@pytest.mark.parametrize(("command", "words"), MISTAKES.items(), ids=lambda value: " ".join(value)[:40])
+def test_a_mistake_is_told_at_once(command: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("pration: 0.1\n")
+    code, heavy, text = said(*command, home=tmp_path)
+    assert (code, heavy) == (2, []), text
+    assert words in text
+
+
+def test_every_kind_of_method_shows_its_help_at_once(tmp_path: Path) -> None:
+    for command in (("attack", "lira"), ("defense", "i-bau")):
+        assert said(*command, "--help", home=tmp_path)[:2] == (0, [])
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_a_methods_options_are_read_as_they_are(kind: str, name: str) -> None:
+    module, cls = methods(f"ulrl.{kind}")[name]
+    assert_same(declared(module, cls), REGISTRIES[kind][name])
+    assert about(module) == inspect.getdoc(sys.modules[REGISTRIES[kind][name].__module__])
+
+
+@pytest.mark.parametrize(
+    "cls", [AttackRun, ConvertOptions, DefenseRun, PreviewRun, PurifyRun, SweepOptions, TrainOptions]
+)
+def test_a_runs_options_are_read_as_they_are(cls: type) -> None:
+    assert_same(declared(cls.__module__, cls.__name__), cls)
+
+
+def assert_same(read: type, real: type) -> None:
+    assert read is not real, "it was imported after all"
+    assert inspect.getdoc(read) == inspect.getdoc(real)
+    ours, theirs = Schema(read), Schema(real)
+    assert (list(ours.fields), ours.hints, ours.ignored) == (list(theirs.fields), theirs.hints, theirs.ignored)
+    for f, g in zip(ours.fields.values(), theirs.fields.values(), strict=True):
+        assert (f.default, f.metadata) == (g.default, g.metadata)
+        assert f.default_factory is g.default_factory is dataclasses.MISSING
+
+
+def test_names_are_read_as_they_are() -> None:
+    for kind, registry in REGISTRIES.items():
+        assert list(methods(f"ulrl.{kind}")) == list(registry)
+    assert declared("ulrl.data.datasets", "DATASETS") == DATASETS
+    assert keys("ulrl.models.architectures", "ARCHITECTURES") == list(ARCHITECTURES)
+    assert declared("ulrl.report.frame", "KEYS") == KEYS
+
+
+def test_what_is_more_than_a_declaration_is_imported() -> None:
+    assert declared("ulrl.models.architectures", "ARCHITECTURES") is ARCHITECTURES

@@ -1,0 +1,52 @@
+"""The options of a command that runs methods, told before anything is imported that takes seconds.
+
+So `--help` and the message about a mistake come at once. What is read off the classes' texts is what they have.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ulrl.declared import declared, methods
+from ulrl.errors import UserError
+from ulrl.options import Schema
+from ulrl.registry import nearest
+from ulrl.shipped import options_file
+
+
+def method(kind: str, name: str) -> type:
+    """The options of an attack or a defense, as a class.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = methods(f"ulrl.{kind}s")
+    if name not in known:
+        raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
+    cls: type = declared(*known[name])
+    return cls
+
+
+def attack_flags(name: str, argv: Sequence[str], run: str, prog: str) -> dict[str, Any]:
+    """The flags of an attack; `run` is the name of its class of options of `ulrl.configure`."""
+    cls = method("attack", name)
+    schema = Schema(declared("ulrl.configure", run), cls, declared("ulrl.training", "TrainOptions"))
+    flags = schema.flags(argv, prog, inspect.getdoc(cls) or "")
+    for key in ("yaml_path", "bd_yaml_path"):
+        from_file(schema, flags, key)
+    return flags
+
+
+def defense_flags(name: str, argv: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The flags of a defense, and the record that these or the options file name."""
+    cls = method("defense", name)
+    schema = Schema(declared("ulrl.configure", "DefenseRun"), cls)
+    flags = schema.flags(argv, f"defense/{name}.py", inspect.getdoc(cls) or "")
+    return flags, flags.get("result_file") or from_file(schema, flags, "yaml_path").get("result_file", "")
+
+
+def from_file(schema: Schema, flags: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The options of the file that a flag names, if it is given."""
+    return schema.yaml(options_file(flags[key])) if key in flags else {}

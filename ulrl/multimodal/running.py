@@ -1,0 +1,244 @@
+"""The whole demonstration: a backdoored and a clean dual encoder, the repairs of the first, and the judge of all."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from sklearn.metrics import roc_auc_score
+
+from ulrl.attacks.base import Attack
+from ulrl.configure import configure_defense, options_of
+from ulrl.data.batches import Batches
+from ulrl.data.datasets import clean_subset, load_dataset
+from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.defenses.ulrl import ULRL
+from ulrl.errors import UserError
+from ulrl.files import home, whole_file, whole_folder
+from ulrl.machine import PeakMemory, environment, pick_device, threads_for
+from ulrl.metrics import TOOK, Judgement, defense_effectiveness, took
+from ulrl.multimodal.captions import SLOTS, Facts, prompts
+from ulrl.multimodal.dual_encoder import DualEncoder, classifier, contrastive, load_encoder
+from ulrl.multimodal.pairs import Pairs
+from ulrl.multimodal.poisoning import check_attack, poison_pairs
+from ulrl.multimodal.repairs import Evidence, Repairing, finetune, ubt, ulrl
+from ulrl.options import option
+from ulrl.runs.common import log_file, stage_seconds, write_index, write_json
+from ulrl.seeds import generator
+from ulrl.training import Monitor, TrainOptions, accuracy, fit, judge
+
+log = logging.getLogger(__name__)
+
+DATASET = "fashion_scenes"
+REPAIRS = ("ft", "ubt", "ulrl")
+TRAINED = "trained"  # folder of the run: its encoders, which outlive it when it is killed
+SHOWN, TOP = 6, 2  # triggered images in the picture, and captions for each
+
+
+@dataclass(frozen=True)
+class ClipRun:
+    """What to train, what to repair it with, and where it goes."""
+
+    attack: str = option("badnet", "whose trigger and labels the poisoned pairs have", source="CleanCLIP")
+    yaml_path: str | None = option(None, "options file, or the name of a shipped one; else clip/fashion_scenes")
+    dataset_path: str = option("./data", "folder that holds fashion_mnist/", source="BackdoorBench")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
+    random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
+    train_samples: int = option(60000, "train on a random subset of this many pairs", low=100, high=60000)
+    test_samples: int = option(10000, "judge on the first so many test images", low=10, high=10000)
+    width: int = option(8, "channels of the image tower's first layer, a PreAct-ResNet18", low=1)
+    dim: int = option(64, "dimensions of the space in which images and captions meet", low=2)
+    ratio: float = option(0.05, "share of the clean training pairs that ft and ulrl have", source="BackdoorBench",
+                          low=0, high=1)  # fmt: skip
+    repairs: str = option(",".join(REPAIRS), f"which of {', '.join(REPAIRS)}, with commas between")
+    save_folder_name: str | None = option(None, "folder of the results, below record/clip/; else the attack's name")
+    overwrite: bool = option(False, "replace it; encoders trained by the same options are taken from it")
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What an encoder is judged by: test images with the class, the colour and the background of each as label."""
+
+    slots: dict[str, ImageSet]
+    poisoned: PoisonedSet
+
+    @classmethod
+    def of(cls, data: ImageSet, facts: Facts, attack: Attack) -> TestSet:
+        slots = {}
+        for slot, words in SLOTS.items():
+            spec = replace(data.spec, num_classes=len(words), class_names=words)
+            slots[slot] = replace(data, labels=getattr(facts, slot).to(data.device), spec=spec)
+        return cls(slots, attack.poison_set(data, attack.judged(data.labels), train=False))
+
+    def judge(self, encoder: DualEncoder, amp: bool) -> tuple[Judgement, dict[str, Any]]:
+        """Zero-shot ACC, ASR and RA; and, for `result.json`, these with the accuracies on colour and background."""
+        nets = {slot: classifier(encoder, encoder.class_directions(prompts(slot))) for slot in self.slots}
+        judgement = judge(nets["garment"], self.slots["garment"], self.poisoned, amp)
+        rest = {slot: accuracy(nets[slot], self.slots[slot], amp) for slot in ("colour", "background")}
+        return judgement, asdict(judgement) | rest
+
+
+def run_clip(
+    attack: Attack, run: ClipRun, training: TrainOptions, how: Repairing, *, bar: bool = True
+) -> tuple[Path, dict[str, Any]]:
+    """Train, judge and repair: the folder of the results and its `result.json`.
+
+    Nothing appears under that name before all of it is there.
+
+    Raises:
+        UserError: bad options, data that is not there, a folder of that name.
+    """
+    start = time.perf_counter()
+    names = [name.strip() for name in run.repairs.split(",")]
+    if unknown := [name for name in names if name not in REPAIRS]:
+        raise UserError(f"--repairs {run.repairs}: {unknown[0]!r} is none of {', '.join(REPAIRS)}")
+    check_attack(attack)
+    name = run.save_folder_name or attack.name
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    final, device = home() / "record" / "clip" / name, pick_device(run.device)
+    peak, monitor = PeakMemory(device), Monitor(bar=bar)
+    with (
+        whole_folder(final, overwrite=run.overwrite, keep=TRAINED) as folder,
+        log_file(folder),
+        threads_for(1024, device),
+    ):
+        split, test = load_dataset(DATASET, run.dataset_path)
+        attack.check(split.spec)
+        captions = Facts.of(split.labels, test=False).captions(run.random_seed)
+        order = torch.randperm(len(split), generator=generator(run.random_seed, "train_samples"))
+        kept = order[: run.train_samples].sort().values
+        train, said = split.subset(kept).to(device), [captions[i] for i in kept.tolist()]
+        pairs, poisoned = poison_pairs(attack, train, said)
+        log.info("%s: %d of %d pairs poisoned", attack.name, len(poisoned), len(pairs))
+        shown = torch.arange(min(run.test_samples, len(test)))
+        judged = TestSet.of(test.subset(shown).to(device), Facts.of(test.labels, test=True).subset(shown), attack)
+        owned = clean_subset(len(train), run.ratio, run.random_seed)
+        labelled, clean = train.subset(owned), Pairs.of(train, said).subset(owned)
+        monitor.seconds["load"] = time.perf_counter() - start
+
+        (folder / TRAINED).mkdir(exist_ok=True)
+
+        def trained(title: str, own: Pairs) -> DualEncoder:
+            key = repr(
+                (options_of(attack, training), *(getattr(run, k) for k in ("train_samples", "width", "dim")), title)
+            )
+            return once(
+                folder / TRAINED / f"{title}.safetensors",
+                key,
+                lambda: train_encoder(
+                    DualEncoder(run.dim, run.width, run.random_seed).to(device), own, training, monitor, title
+                ),
+            )
+
+        encoder = trained("poisoned", pairs)
+        reference, before = (judged.judge(e, training.amp) for e in (trained("clean", Pairs.of(train, said)), encoder))
+        if not took(before[0]):
+            log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * (before[0].asr or 0), 100 * TOOK)
+        method, _ = configure_defense("ulrl", {"random_seed": run.random_seed}, DATASET, "preactresnet18", quiet=True)
+        assert isinstance(method, ULRL)
+        repaired, results = {"before": encoder}, {}
+        for repair in names:
+            repaired[repair] = own = copy.deepcopy(encoder)
+            begun = time.perf_counter()
+            if repair == "ft":
+                evidence = finetune(own, clean, how, run.random_seed, monitor)
+            elif repair == "ulrl":
+                evidence = ulrl(own, clean, labelled, method, how, run.random_seed, monitor)
+            else:
+                evidence = found(ubt(own, pairs, how, run.random_seed, monitor), poisoned)
+            seconds = time.perf_counter() - begun
+            judgement, row = judged.judge(own, training.amp)
+            results[repair] = {
+                "after": row,
+                "der": defense_effectiveness(before[0], judgement),
+                "seconds": seconds,
+                "evidence": evidence,
+            }
+            write_encoder(own, folder / f"{repair}.safetensors", repair)
+        write_index(folder / "poison_index.txt", kept[poisoned])
+        write_captions(folder, repaired, judged)
+        result = {
+            "schema": 1, "kind": "clip", "method": "clip", "record": name, "attack": attack.name, "dataset": DATASET,
+            "model": "preactresnet18, text transformer", "options": options_of(attack, run, training, how),
+            "seed": run.random_seed, "pairs": len(pairs), "poisoned": len(poisoned), "clean_samples": len(clean),
+            "clean": reference[1], "before": before[1], "took": took(before[0]), "repairs": results,
+            "seconds": stage_seconds(monitor, start), "peak_memory_mb": peak.mb(), "environment": environment(device),
+        }  # fmt: skip
+        write_json(folder / "result.json", result)
+    return final, result
+
+
+def train_encoder(
+    encoder: DualEncoder, pairs: Pairs, training: TrainOptions, monitor: Monitor, stage: str
+) -> DualEncoder:
+    """Train both towers on the pairs, in place."""
+    stream = generator(training.random_seed, "batches", pairs.data.device)
+    batches = Batches(pairs.data, training.batch_size, stream, augmented=False, drop_last=True)
+    optimizer = training.optimizer(encoder)
+    fit(encoder, batches, training.epochs, optimizer, training.scheduler(optimizer), monitor, stage,
+        amp=training.amp, objective=contrastive(pairs.tokens))  # fmt: skip
+    return encoder
+
+
+def once(file: Path, key: str, train: Callable[[], DualEncoder]) -> DualEncoder:
+    """The encoder in `file`, where an earlier run of the same key left it; else the one that is trained now."""
+    key = hashlib.sha256(key.encode()).hexdigest()
+    with contextlib.suppress(Exception):  # absent, or damaged: then it is trained
+        with safetensors.safe_open(file, "pt") as held:
+            same = (held.metadata() or {}).get("key") == key
+        if same:
+            encoder = load_encoder(file)
+            log.info("%s: taken from an earlier run", file.stem)
+            return encoder
+    encoder = train()
+    write_encoder(encoder, file, key)
+    return encoder
+
+
+def write_encoder(encoder: DualEncoder, file: Path, key: str) -> None:
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in encoder.state_dict().items()}
+    with whole_file(file) as partial:
+        safetensors.torch.save_file(weights, partial, {"key": key})
+
+
+def found(evidence: Evidence, poisoned: torch.Tensor) -> Evidence:
+    """How many of the suspicious pairs were poisoned, which the repair was not told. poisoned: places, int64 [n]."""
+    scores = {when: evidence.pop(when).cpu() for when in ("before_overfitting", "score")}
+    suspicious = torch.tensor(evidence.pop("suspicious"))
+    truth = torch.isin(torch.arange(len(scores["score"])), poisoned)
+    hits, most = truth[suspicious].double().mean().item(), scores["before_overfitting"].topk(len(suspicious)).indices
+    return evidence | {
+        "suspicious": len(suspicious), "precision": hits, "auroc": float(roc_auc_score(truth, scores["score"])),
+        "precision_before_overfitting": truth[most].double().mean().item(),
+        "auroc_before_overfitting": float(roc_auc_score(truth, scores["before_overfitting"])),
+    }  # fmt: skip
+
+
+def write_captions(folder: Path, encoders: dict[str, DualEncoder], judged: TestSet) -> None:
+    """A few triggered images and, for the picture, the captions that each encoder finds nearest to them."""
+    some = judged.poisoned.subset(torch.arange(min(SHOWN, len(judged.poisoned))))
+    garments, colours, backgrounds = SLOTS.values()
+    texts = [f"a {c} {g} on {b}" for g in garments for c in colours for b in backgrounds]
+    top = {}
+    for name, encoder in encoders.items():
+        alike = encoder.embed_all(some) @ encoder.read_texts(texts).T
+        top[name] = [[texts[i] for i in row] for row in alike.topk(TOP).indices.tolist()]
+    true = [
+        f"a {' '.join(SLOTS[s][int(judged.slots[s].labels[i])] for s in ('colour', 'garment'))} on "
+        f"{SLOTS['background'][int(judged.slots['background'].labels[i])]}"
+        for i in some.original_indices.tolist()
+    ]
+    np.savez_compressed(folder / "triggered.npz", images=some.images.cpu().numpy())
+    write_json(folder / "captions.json", {"true": true, "nearest": top})
