@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
@@ -257,7 +258,7 @@ def _usual_layer(schema: Schema, folder: str, name: str | None) -> Layer:
     """
     own = home() / "config" / folder / f"{name}.yaml"
     inside = name is not None and PurePath(name).name == name
-    file = own if inside and own.is_file() else shipped_files().get(f"{folder}/{name}")
+    file = own if inside and os.path.isfile(own) else shipped_files().get(f"{folder}/{name}")
     return (str(file), schema.yaml(file)) if file else ("", {})
 
 
