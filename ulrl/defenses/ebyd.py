@@ -29,8 +29,8 @@ class EBYD(Exposing, Inverting, RNP):
     4. Erase: masks are learned on the exposed model, and the original is pruned by them, as `rnp` does.
 
     Each step stands alone: `detect_label`, `recover_trigger`, `rnp`. The release has the steps in scripts of their own
-    and no threshold; ours is. Its search for poisoned samples, Cognitive Distillation on the exposed model, is left out:
-    on the digits it ranked them below the clean ones (AUROC 0.21), and whether that is ours is not known.
+    and no threshold; ours is. Its search for poisoned samples, Cognitive Distillation on the exposed model, is left
+    out: on the digits it ranked them below the clean ones (AUROC 0.21), and whether that is ours is not known.
     """
 
     ignored: ClassVar[tuple[str, ...]] = ("epochs", "lr", "client_optimizer")
