@@ -3,8 +3,9 @@
     python -m bench.successor [--seeds 0 1 2] [--records NAME ...] [VARIANT ...]
 
 Records of fashion_scenes under $ULRL_HOME/record/, clean nets among them (those of `python -m bench.victims`, or any
-others); 600 clean images per seed. Judged on all 10,000 clean and 9,000 triggered test images. Each run leaves a file in $ULRL_HOME/successor/, so a stopped one goes on where it was and several may work side by side; the
-table in docs/method.md and bench/results/successor.csv are made from those files, of whatever has run.
+others); 600 clean images per seed. Judged on all 10,000 clean and 9,000 triggered test images. Each run leaves a file
+in $ULRL_HOME/successor/, so a stopped one goes on where it was and several may work side by side; the table in
+docs/method.md and bench/results/successor.csv are made from those files, of whatever has run.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fst": ("fst", {}),
     "nad": ("nad", {}),
     "ft": ("ft", {}),
+    "harden without restoring": ("harden", {"restore_epochs": 0}),
+    "harden without holding": ("harden", {"hold_weight": 0.0}),
+    "harden without excess": ("harden", {"excess": 1.0}),
     "harden without redrawn rows": ("harden", {"init": False}),
-    "harden without keeping answers": ("harden", {"keep_weight": 0.0}),
     "harden without learning corruptions": ("harden", {"learning_share": 0.0}),
     "harden without random corruptions": ("harden", {"learning_share": 1.0}),
     "harden without labels": ("harden", {"label_weight": 0.0}),

@@ -50,7 +50,7 @@ class Harden(FineTuning):
     are what holds the rest of the function, from 600 images alone.
 
     Weights and corruptions were chosen by ASR and accuracy on four development records and a clean net (BadNets,
-    Blended, WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all. A run sees clean samples only.
+    Blended, WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all. It sees clean samples only.
     """
 
     batch_size: int = option(128, "clean images per step", low=2)
