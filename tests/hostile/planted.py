@@ -69,6 +69,11 @@ def sweeps() -> Iterator[Case]:
         put(place.home / "s.yaml", GRID)
         (place.home / "record" / ".sweep").symlink_to(place.outside)
 
+    yield Case("sweep of a data set whose name has 300 letters",
+               lambda p: put(p.home / "s.yaml", GRID.replace("digits", "d" * 300)), ["sweep", "s.yaml"],
+               ("s.yaml", "unknown dataset"))  # fmt: skip
+    yield Case("sweep file whose name has 300 letters", lambda p: None, ["sweep", "s" * 300], ("list configs",))
+    yield Case("record whose name has 300 letters", lambda p: None, ["show", "r" * 300], ("is not a folder",))
     yield Case("sweep's log leads out", links, ["sweep", "s.yaml"], exits=(0,), slow=True)
     yield Case("sweep's folder leads out", out, ["sweep", "s.yaml"], (".sweep", "is a link"))
     for key, value in (("result_file", "../../outside"), ("save_folder_name", "../../outside"), ("overwrite", "true")):

@@ -32,6 +32,10 @@ def detect(argv: Sequence[str]) -> None:
     flags = schema.flags(argv, "ulrl detect RECORD", about)
     if not names:
         raise UserError("say what to look for: --samples, or --samples NAME; ulrl list names the sample detectors")
+    if "result_file" in flags:
+        raise UserError(f"--result_file would have no effect: the record is {named}, named first; leave it out")
+    if "save_folder_name" in flags and not own:
+        raise UserError("--save_folder_name names one folder, and each of several detectors has its own; leave it out")
     folder = record_folder(named)
     same_bits()
     from ulrl.configure import configure_detector
