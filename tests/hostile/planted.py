@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from doors import REPAIR, Case, Place
 from PIL import Image
 from records import put, sparse
 
-from ulrl.configure import configure_defense, options_of
+from ulrl.configure import configure_defense
+from ulrl.runs.given import result_options
 from ulrl.sweep.grid import read_sweep
 
 COMPARE = "compare tiny --defenses ft --ratio 0.1 --device cpu".split()
@@ -30,11 +32,10 @@ def kept() -> Iterator[Case]:
 
     def folder(place: Place, **other: Any) -> Path:
         defense, run = configure_defense("ft", {"ratio": 0.1, "device": "cpu"}, "digits", "preactresnet18", quiet=True)
-        options = {k: v for k, v in options_of(defense, run).items() if k != "overwrite"}
         content = fabricated.result(method="ft", record="tiny", evidence={"z_threshold": 2.0})
         return fabricated.write(
             place.record / "defense" / "ft_0.1_seed0",
-            {**content, "options": {**options, "save_folder_name": "ft_0.1_seed0"}, **other},
+            {**content, "options": result_options(defense, replace(run, save_folder_name="ft_0.1_seed0")), **other},
         )
 
     for name, other, words, exits in (
