@@ -54,7 +54,8 @@ def kept() -> Iterator[Case]:
         for file in ("ft_df.csv", "neurons.csv", "acc_asr.png", "trigger_samples.npz"):
             yield Case(
                 f"result that came with the record, {file} is {name}",
-                lambda p, f=file, m=make: m(folder(p) / f), COMPARE, exits=(0,), slow=file != "ft_df.csv",
+                lambda p, f=file, m=make: m(folder(p) / f), COMPARE, exits=(0,),
+                slow=file != "ft_df.csv" or name not in ("a pipe", "a device"),
             )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def outputs() -> Iterator[Case]:
     for argv in (["report", "results", "--out", "page.html"], ["results", "results", "--export", "page.csv"]):
         yield Case(f"{argv[0]} {argv[-1]} where a link leads out",
                    lambda p, f=argv[-1]: (link(p), f == "page.csv" and (p.home / f).symlink_to(p.canary)), argv,
-                   exits=(0,))  # fmt: skip
+                   exits=(0,), slow=argv[0] == "report")  # fmt: skip
 
 
 CASES = [*kept(), *sweeps(), *unfinished(), *pictures(), *outputs()]
