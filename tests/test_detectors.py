@@ -34,6 +34,7 @@ CONFIG = Path(__file__).parent.parent / "config" / "detection"
 EXPECTED = {
     "ac": ("seldom", 0.6),
     "cd": ("often", 0.65),
+    "ebyd": ("often", 0.55),
     "ibd-psc": ("often", 0.7),
     "rnp": ("often", 0.8),
     "scale-up": ("often", 0.4),
@@ -72,7 +73,7 @@ def test_every_detector_has_a_row() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_detector_finds_the_poisoned_images(name: str, records: dict[str, Record]) -> None:
     record, least = records[EXPECTED[name][0]], EXPECTED[name][1]
-    brief = {"images": 300} if name == "cd" else {}
+    brief = {"images": 300} if name in ("cd", "ebyd") else {}
     detector, run = configured(name, **brief)
     handed: list[tuple[ImageSet, ImageSet]] = []
     cls = type(detector)
@@ -156,6 +157,8 @@ def test_command_prints_a_table_and_replaces_nothing_unasked(
         (["--samples", "strip", "--overlay", "3"], "did you mean '--overlays'?"),
         (["--samples", "strip,rnp", "--overlays", "3"], "unknown argument --overlays"),
         (["--samples", "strip", "--images", "5000"], "--images 5000 is more than the 1293 training images"),
+        (["--samples", "strip", "--result_file", "other"], "--result_file would have no effect"),
+        (["--samples", "strip,rnp", "--save_folder_name", "x"], "each of several detectors has its own"),
         (["--samples", "strip", "--model", "vgg19"], "contradicts the record tiny"),
     ],
 )

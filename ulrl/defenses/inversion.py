@@ -42,10 +42,9 @@ class Inverted:
 
 
 @dataclass(frozen=True)
-class Inverting(Defense):
-    """A defense that inverts triggers, and its options for that."""
+class Costed(Defense):
+    """A defense that looks for small triggers, and its options for what a mask's size costs."""
 
-    nc_epoch: int = option(80, "epochs of inversion at most", source=_BENCH, low=1)
     mask_lr: float = option(0.1, "learning rate of masks and patterns (Adam)", source=_PAPER, low=0)
     init_cost: float = option(1e-3, "weight of the mask's size at first", source=_PAPER, low=0)
     cost_multiplier: float = option(2.0, "factor of the cost", source=_PAPER, low=1)
@@ -53,6 +52,13 @@ class Inverting(Defense):
     atk_succ_threshold: float = option(98.0, "percentage from which a patch succeeds", source=_BENCH, low=0, high=100)
     early_stop_threshold: float = option(0.99, "a mask above this share of the best is no progress", source=_PAPER)
     early_stop_patience: int = option(25, "epochs without progress that end a class", source=_BENCH, low=1)
+
+
+@dataclass(frozen=True)
+class Inverting(Costed):
+    """A defense that inverts triggers by gradients, and its options for that."""
+
+    nc_epoch: int = option(80, "epochs of inversion at most", source=_BENCH, low=1)
 
     def invert(
         self, model: nn.Module, clean: ImageSet, monitor: Monitor, classes: Sequence[int] | None = None
@@ -70,7 +76,7 @@ class Inverting(Defense):
         raw_masks = torch.ones((count, 1, spec.height, spec.width), device=device, requires_grad=True)
         raw_patterns = torch.ones((count, *clean.images.shape[1:]), device=device, requires_grad=True)
         optimizer = torch.optim.Adam([raw_masks, raw_patterns], self.mask_lr, betas=(0.5, 0.9))
-        course = _Course(self, count, device)
+        course = Course(self, count, device)
         best = [(raw_masks.detach().tanh() + 1) / 2, torch.zeros_like(raw_patterns)]
         active = torch.arange(count)
         with still(model), monitor.stage("invert", self.nc_epoch * len(batches)) as progress:
@@ -103,10 +109,10 @@ class Inverting(Defense):
         return Inverted(classes, best[0], best[1], course.best.isfinite())
 
 
-class _Course:
+class Course:
     """Per class the cost, the smallest successful mask so far, and whether to go on; one tensor for all of them."""
 
-    def __init__(self, options: Inverting, count: int, device: torch.device) -> None:
+    def __init__(self, options: Costed, count: int, device: torch.device) -> None:
         self._options = options
         self.cost = torch.full((count,), options.init_cost, device=device)
         self.best = torch.full((count,), torch.inf, device=device)
