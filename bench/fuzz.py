@@ -4,10 +4,10 @@ Whole files of each kind are damaged (bytes flipped, cut, doubled, swapped for t
 own, with checksums that fit) and go through the door that they have: what reads them for a command, up to the page or
 the jobs that come of it. An input is a finding when that raises anything but a UserError, takes over two seconds of a
 processor (a sweep: twenty, as it may ask for 100,000 runs), over a gigabyte, or ends its process. Batches run in forked
-processes, so that a finding ends only its own. The torch reader is tried inside `_reader`, whose own limits would
+processes, so that a finding ends only its own. The torch reader is tried inside `reader`, whose own limits would
 otherwise hide what is slow or ends it (too little memory is a refusal there), and the whole way, in its child process,
 by `load_torch`, `load_record` and `ulrl inspect`. bench/results/fuzz.json says how many inputs were tried at each door,
-how many of these were refused, how much of a processor that took, and what was found.
+how many of these were refused, how much of a processor that took, and what was found, run by run.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from ulrl.report.page import render  # noqa: E402
 from ulrl.report.results import find_runs  # noqa: E402
 from ulrl.runs.defending import _clean_index  # noqa: E402
 from ulrl.sweep.grid import read_sweep  # noqa: E402
-from ulrl.untrusted import _reader  # noqa: E402
 from ulrl.untrusted.images import opened_image, read_png  # noqa: E402
+from ulrl.untrusted.reader import process  # noqa: E402
 from ulrl.untrusted.texts import read_yaml  # noqa: E402
 from ulrl.untrusted.torchfiles import load_torch  # noqa: E402
 from ulrl.untrusted.weights import load_weights  # noqa: E402
@@ -65,9 +65,9 @@ Read = Callable[[Path, bytes], object]
 
 
 def in_reader(file: Path, content: bytes) -> object:
-    """As `_reader.main` does it, which answers all that is raised there, too little memory with it, by a refusal."""
+    """As `process.main` does it, which answers all that is raised there, too little memory with it, by a refusal."""
     try:
-        answer, _ = _reader.read(io.BytesIO(content), len(content))
+        answer, _ = process.read(io.BytesIO(content), len(content))
         return json.dumps(answer)
     except Exception as error:
         raise UserError(str(error)) from None
@@ -213,7 +213,7 @@ def batch(kind: str, corpus: list[tuple[bytes, str, Read]], seed: str, folder: P
                     note.write_text(f"{i} {refused} has a message that is not printable")
                     os._exit(1)
             except BaseException as error:
-                note.write_text(f"{i} {refused} raises {type(error).__name__}: {error}"[:300])
+                note.write_text(f"{i} {refused} raises {type(error).__name__}: {error}".replace(f"{ROOT}/", "")[:300])
                 os._exit(1)
             signal.setitimer(signal.ITIMER_PROF, 0)
         note.write_text(f"{BATCH - 1} {refused} ")
@@ -238,6 +238,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpora = seeds(folder)
+        earlier = json.loads(args.out.read_text()) if args.out.exists() else []
         while time.monotonic() - start < args.seconds:
             number += 1
             for kind, corpus in corpora.items():
@@ -251,7 +252,7 @@ def main() -> None:
                     print(f"{kind}: {wrong}", flush=True)
                 spent = {"seconds": round(time.monotonic() - start), "cpu": round(sum(os.times()[:4]))}
                 about = {**spent, "inputs": tried.total(), "tried": tried, "refused": refused, "found": found}
-                args.out.write_text(json.dumps(about, indent=1) + "\n")
+                args.out.write_text(json.dumps([*earlier, about], indent=1) + "\n")
     print(f"{tried.total()} inputs in {spent['seconds']} s ({spent['cpu']} s of a processor), {len(found)} findings")
     for kind, count in tried.items():
         print(f"  {kind}: {count}, {refused[kind]} of them refused")

@@ -1,8 +1,8 @@
 """docs/reliability.md out of what the runs recorded:  python bench/reliability.py
 
 It reads, of bench/results, `hostile.xml` (`pytest tests/hostile --whole --junitxml` it), `fuzz.json`
-(bench/fuzz.py), `faults.json` (bench/faults.py), and `reader.json`, which `--measure` writes: the cost of the reader on
-a good file.
+(bench/fuzz.py), `faults.json` (bench/faults.py), `audit.txt` (sh/audit.py), and `reader.json`, which `--measure` writes:
+the cost of the reader on a good file. A run that is not there yet is said to be missing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ DOORS = (
     ("report", "results of runs"), ("plot", "results of runs"), ("--out", "results of runs"), ("image", "images of a record"),
     ("pickle", "pickles of a record"), ("record calls", "pickles that call"), ("record names", "pickles that call"),
     ("weight", "contents of a record"), ("record with", "contents of a record"),
+    ("patch", "pictures and arrays of attacks"), ("array", "pictures and arrays of attacks"),
+    ("result that came", "results kept in a record"),
 )  # fmt: skip
 
 
@@ -84,6 +86,58 @@ def hostile_rows() -> list[str]:
     ]
 
 
+def fuzz_lines(runs: Any) -> list[str]:
+    if not runs:
+        return ["It has not been run yet."]
+    tried: Counter[str] = Counter()
+    for run in runs:
+        tried += Counter(run["tried"])
+    found = [finding for run in runs for finding in run["found"]]
+    return [
+        "`bench/fuzz.py` damages whole files at random, and reads each as a command does, up to the page or the jobs that come",
+        "of it. What is not refused was read as what it says, made again (a cache) or left out with a warning.", "",
+        "| run | on the clock | of a processor | inputs | findings |", "|---|---|---|---|---|",
+        *(
+            f"| {i} | {run['seconds']:,} s | {run['cpu']} s | {run['inputs']:,} | {len(run['found'])} |"
+            if "cpu" in run
+            else f"| {i} | {run['seconds']:,} s | not measured | {run['inputs']:,} | {len(run['found'])} |"
+            for i, run in enumerate(runs, 1)
+        ), "",
+        "| door | inputs |", "|---|---|", *(f"| {door} | {n:,} |" for door, n in sorted(tried.items())), "",
+        "The torch file the whole way, the record and inspect go through the reader's own process.",
+        *(f"Found at {f['door']}: {f['wrong'][:60]}... Mended: {f['mended']}." for f in found),
+    ]  # fmt: skip
+
+
+def fault_lines(faults: Any) -> list[str]:
+    if not faults:
+        return ["They have not been run yet."]
+    times, lost = (sum(row[key] for row in faults) for key in ("times", "lost"))
+    order = {fault: i for i, fault in enumerate(dict.fromkeys(row["fault"] for row in faults))}
+    rows = sorted(faults, key=lambda row: order[row["fault"]])
+    return [
+        f"`bench/faults.py`, {times} faults, {lost} losses. After each, every run that had ended has its checksum of before",
+        "or that of an undisturbed run, nothing is half-written under a final name, and the command, run again, comes to",
+        "the bits of an undisturbed run with no temporary file left.", "",
+        "| fault | command | times | lost | |", "|---|---|---|---|---|",
+        *(f"| {r['fault']} | {r['command']} | {r['times']} | {r['lost']} | {r['note']} |" for r in rows), "",
+        "A kill between two renames, a few microseconds, leaves a replaced folder under a hidden name, and the next run of",
+        "that name brings it back; a kill after a run's last file and before its pictures leaves it without them.",
+    ]  # fmt: skip
+
+
+def supply_lines() -> list[str]:
+    lock, audit = ROOT / "requirements" / "ci.lock", RESULTS / "audit.txt"
+    text = lock.read_text()
+    packages = sum(line[:1].isalnum() for line in text.splitlines())
+    said = audit.read_text().strip().removeprefix("ulrl: ") if audit.exists() else "not run yet"
+    return [
+        f"`requirements/ci.lock` names {packages} packages with {text.count('--hash=')} hashes; torch, torchvision and CUDA's",
+        f"libraries are pinned by version only. `sh/audit.py`, where this page was made: {said}.",
+        "`cyclonedx-py environment .venv/bin/python` prints the SBOM.",
+    ]
+
+
 def page() -> str:
     fuzz, faults, reader = read("fuzz.json"), read("faults.json"), read("reader.json")
     lines = [
@@ -104,21 +158,14 @@ def page() -> str:
             f"{reader['ours clock']:.2f} s and {reader['torch clock']:.2f} s, with a load of {reader['load']:.0f} on two cores.",
             "",
         ]  # fmt: skip
-    if fuzz:
-        lines += [
-            "## Random damage", "",
-            f"`bench/fuzz.py` tried {fuzz['inputs']:,} inputs in {fuzz['seconds']:,} s, with {len(fuzz['found'])} findings.",
-            "", "| file | inputs |", "|---|---|", *(f"| {kind} | {n:,} |" for kind, n in sorted(fuzz["tried"].items())), "",
-            *(f"- {found['kind']}: {found['wrong']}" for found in fuzz["found"]), "",
-        ]  # fmt: skip
-    if faults:
-        lines += [
-            "## Faults", "",
-            "`bench/faults.py`: after each, what was finished is compared by checksum, what is half-written is looked for,",
-            "and after a kill the command is run again and must come to the bits of a run that was not interrupted.", "",
-            "| fault | command | times | lost | |", "|---|---|---|---|---|",
-            *(f"| {r['fault']} | {r['command']} | {r['times']} | {r['lost']} | {r['note']} |" for r in faults), "",
-        ]  # fmt: skip
+    lines += ["## Random damage", "", *fuzz_lines(fuzz), "", "## Faults", "", *fault_lines(faults), ""]
+    lines += [
+        "## Convert and look", "",
+        "`ulrl inspect FILE` names what a pickle asks for by its opcodes, opens nothing, and is one of the doors",
+        "above; `ulrl convert RECORD --to safetensors` and back gives the same tensors, images and labels",
+        "(`tests/test_converting.py`).", "",
+        "## Supply chain", "", *supply_lines(), "",
+    ]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 

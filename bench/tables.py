@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from ulrl.sweep.jobs import AttackJob
 FOLDER = re.compile(r"bench_(.+)_r([\d.]+)_c(\d+)")
 ATTACKS_AFTER = ("before", "retuned", "query", "universal")
 DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf")  # Harden's settings were chosen, or looked at, on these
-REPAIRS_NOTHING = ("detect_label",)
+REPAIRS_NOTHING = ("b3d", "detect_label", "recover_trigger")
 SHOWN = {"ulrl": "ULRL", "harden": "Harden", "fst": "FST", "nad": "NAD", "ft": "FT"}  # on the project's front page
 PAGES = BENCH.parent
+FEWEST = 6  # records that the defenses share, for a ranking to be shown on the project's own pages
 
 
 def distance(asr: float, ra: float, clean_asr: float, clean_ra: float) -> float:
@@ -103,6 +105,7 @@ def ranking(runs: pd.DataFrame) -> pd.DataFrame:
         used = part[part.record.isin(shared)] if among else part
         per_record = used.groupby("record")[["distance", "acc_lost"]].mean()
         mean, half, n = interval(per_record.distance.tolist())
+        half = half if n > 2 else math.nan  # two say nothing of the spread
         rows.append({
             "defense": name, "ranked": among, "distance": mean, "half": half, "records": n, "runs": len(used),
             "acc_lost": per_record.acc_lost.mean(), "worst": per_record.distance.idxmax(),
@@ -128,9 +131,11 @@ def report(profile: str, frame: pd.DataFrame) -> None:
         return
     write_csv(RESULTS / f"quality_{profile}.csv", frame)
     write_block(f"quality {profile}", lines)
-    if profile == "cpu":
-        write_block("ranking", [*words(shares[0][1]), "", *_ranks(shares[0][1])], PAGES / "docs" / "results.md")
-        write_block("results", front(shares[0][1]), PAGES / "README.md")
+    runs = shares[0][1]
+    ranks = ranking(runs)
+    if profile == "cpu" and ranks.ranked.sum() > 1 and ranks[ranks.ranked].records.min() >= FEWEST:
+        write_block("ranking", [*words(runs), "", *_ranks(runs)], PAGES / "docs" / "results.md")
+        write_block("results", front(runs), PAGES / "README.md")
 
 
 def words(runs: pd.DataFrame) -> list[str]:
@@ -145,14 +150,17 @@ def words(runs: pd.DataFrame) -> list[str]:
         return f"{row.defense} ({percent(row.distance)}{spread} points from the clean nets)"
 
     best = list(first.itertuples())
+    if len(best) == 1:
+        return [f"One defense alone has been run on half of the records or more: {said(best[0])}. {_not_run(runs)}"]
     sentences = [f"Over the {best[0].records} records that all {len(best)} ranked defenses have, {said(best[0])} wins"]
-    sentences[0] += f", before {said(best[1])}." if len(best) > 1 else "."
+    sentences[0] += f", before {said(best[1])}."
     ours = next((row for row in best if row.defense == "ulrl"), None)
     if ours is not None and ours.Index:
         behind = percent(ours.distance - best[0].distance)
         sentences.append(f"ULRL is number {ours.Index + 1}, {behind} points behind; it is worst on {ours.worst}.")
-    apart = ranking(runs[~runs.attack.isin(DEVELOPED_ON)])
-    if len(apart) > 1 and "harden" in first.defense.tolist():
+    others = runs[~runs.attack.isin(DEVELOPED_ON)]
+    if "harden" in set(others.defense):
+        apart = ranking(others)
         order = [f"{row.defense} {percent(row.distance)}" for row in apart[apart.ranked].itertuples()]
         sentences.append(
             f"Harden's settings were chosen on {', '.join(DEVELOPED_ON)}; on the others ({apart.records.max()}) "
@@ -161,10 +169,12 @@ def words(runs: pd.DataFrame) -> list[str]:
     out = ranks[~ranks.ranked].defense.tolist()
     if out:
         sentences.append(f"Not ranked, on fewer than half of the records: {', '.join(out)}.")
+    return [" ".join([*sentences, _not_run(runs)]).rstrip()]
+
+
+def _not_run(runs: pd.DataFrame) -> str:
     never = [name for name in DEFENSES if name not in REPAIRS_NOTHING and name not in set(runs.defense)]
-    if never:
-        sentences.append(f"Not run: {', '.join(never)}.")
-    return [" ".join(sentences)]
+    return f"Not run: {', '.join(never)}." if never else ""
 
 
 def _ranks(runs: pd.DataFrame) -> list[str]:

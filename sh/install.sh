@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install ulrl and what it needs into .venv:  sh/install.sh [--test]
-#   --test         also what sh/test.sh needs
+#   --test         also what sh/test.sh needs, all but torch by its hash in requirements/ci.lock
 #   PYTHON=...     the Python to build on (default: python3)
 # A second run finds everything in place and does nothing. No root needed.
 set -euo pipefail
@@ -29,7 +29,7 @@ esac
 
 # A venv belongs to one Python and one folder. The stamp is written last, so it stands for a whole install.
 made="Python $version in $(pwd -P)"
-stamp=$({ echo "$made"; cat pyproject.toml constraints.txt; } |
+stamp=$({ echo "$made"; cat pyproject.toml constraints.txt requirements/ci.lock; } |
     "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 
 if [[ ! -x .venv/bin/python || "$(cat .venv/made 2>/dev/null)" != "$made" ]]; then
@@ -41,11 +41,14 @@ elif grep -qsx "$stamp" ".venv/installed-$extra" || grep -qsx "$stamp" .venv/ins
 fi
 rm -f .venv/installed-* .venv/pip.log
 
+pip() {
+    .venv/bin/python -m pip --quiet --progress-bar off --disable-pip-version-check --log .venv/pip.log install "$@" 2>.venv/pip.err
+}
+
 pip_install() { # what is said, then pip's arguments
     echo "ulrl: installing $1"
     shift
-    .venv/bin/python -m pip --quiet --disable-pip-version-check --log .venv/pip.log \
-        install --constraint constraints.txt "$@" 2>.venv/pip.err && return
+    pip --constraint constraints.txt "$@" && return
     if grep -qiE 'connection error|connection broken|NewConnectionError|NameResolutionError|ConnectTimeout' .venv/pip.log; then
         fail "the package registry cannot be reached; check the network and 'pip config list' (details: .venv/pip.log)"
     fi
@@ -53,7 +56,18 @@ pip_install() { # what is said, then pip's arguments
     fail "pip could not install $target (details: .venv/pip.log)"
 }
 
-# torch first and by itself: it is most of the download, and the rest then settles for the build that
+if [[ $extra == test ]]; then
+    echo "ulrl: installing what is locked, by hash"
+    if ! pip --require-hashes --no-deps --requirement requirements/ci.lock; then
+        if grep -q 'DO NOT MATCH THE HASHES' .venv/pip.err .venv/pip.log; then
+            cat .venv/pip.err >&2
+            fail "a package is not the file that requirements/ci.lock names; see who serves it ('pip config list')"
+        fi
+        echo "ulrl: not all that is locked can be had here: installing what can, without hashes" >&2
+    fi
+fi
+
+# torch by itself: it is most of the download, and the rest then settles for the build that
 # pip found (a CPU-only one, where pip is told of one) since the constraint keeps its version.
 pip_install "torch (the download can be large)" torch
 pip_install "ulrl and the rest" --editable "$target"

@@ -1,4 +1,4 @@
-"""What several test files share: one tiny record, trained once per session."""
+"""What several test files share: one tiny record and two nets of a user's, trained once per session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from own_nets import TARGET, stamp, trained
+from sklearn.datasets import load_digits
+from torch import nn
 
 from ulrl.cli import attack_main
 
@@ -38,6 +43,40 @@ def trained_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             attack_main("badnet", [*TINY, "--save_folder_name", "tiny"])
     assert left.value.code == 0, said.getvalue()[-2000:]
     return home
+
+
+# A net of the user's own, which knows the digits; see own_nets.py.
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """In [-1, 1], shuffled."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    x = torch.from_numpy(images[order] / 8 - 1).float().view(-1, 1, 8, 8)
+    return x, torch.from_numpy(labels[order]).long()
+
+
+@pytest.fixture(scope="session")
+def backdoored(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
+    """A seventh of its training images carry a gray pixel and the label 7."""
+    x, y = digits[0][:1200].clone(), digits[1][:1200].clone()
+    x[:180], y[:180] = stamp(x[:180]), TARGET
+    return trained(x, y)
+
+
+@pytest.fixture(scope="session")
+def innocent(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
+    return trained(digits[0][:1200], digits[1][:1200])
+
+
+@pytest.fixture(scope="session")
+def clean(digits: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two hundred that it was not trained on."""
+    return digits[0][1200:1400], digits[1][1200:1400]
+
+
+# Folders
 
 
 @pytest.fixture

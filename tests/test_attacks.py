@@ -69,8 +69,7 @@ def sized(channels: int, side: int, count: int = 96) -> ImageSet:
 
 def lab(data: ImageSet, cache: Path, key: str = "") -> Lab:
     def new_model(stream: str) -> torch.nn.Module:
-        # In float32 torch 2.13's convolutions corrupt memory for fewer channels than 16 on larger images (Input-aware).
-        return build_model("preactresnet18", 10, data.spec.channels, 16 if data.spec.height > 32 else 4, stream=stream)
+        return build_model("preactresnet18", 10, data.spec.channels, 4, stream=stream)
 
     training = TrainOptions(epochs=1, batch_size=32)
     return Lab(data, torch.arange(len(data)), training, Monitor(), new_model, None, cache, key)

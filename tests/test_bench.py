@@ -77,6 +77,7 @@ def test_the_words_tell_which_records_a_defense_was_made_on_and_what_was_not_run
     assert "harden (20.0" in said
     assert "on the others (1) the distances are harden 40.0, ulrl 50.0" in said
     assert "ULRL is number 2, 10.0 points behind; it is worst on sig." in said
+    assert "Harden's settings" not in " ".join(words(full(("harden", "lf", 0.0), ("ulrl", "lf", 0.1))))
     assert "abl" in said.split("Not run: ")[1]
     assert "ulrl" not in said.split("Not run: ")[1]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -60,9 +61,14 @@ class Expected:
 EXPECTED = {
     "abl": Expected(asr=0.8, loss=0.6, ra=0.2, records=("badnet",)),  # of a few epochs
     "anp": Expected(asr=0.2, loss=0.3, records=("badnet",)),
+    "b3d": Expected(asr=1.0, loss=0.0, ra=0.0, records=("badnet",)),  # repairs nothing; what it finds: test_queries.py
+    "ban": Expected(asr=0.9, ra=0.1, records=("badnet",)),  # of a few epochs
     "bnp": Expected(loss=0.3, ra=0.6, records=("channel",), given={"u": 3.0}),  # the paper's
+    "cbd": Expected(asr=0.8, loss=0.6, ra=0.2, records=("badnet",)),  # of a few epochs
     "clp": Expected(ra=0.7, records=("channel",), given={"u": 3.0}),  # the paper's
+    "d3": Expected(asr=0.3, ra=0.0, records=("badnet",)),  # sends triggered images anywhere but to the target
     "detect_label": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",)),  # it repairs nothing
+    "ebyd": Expected(asr=1.0, ra=0.0, flags=("badnet",), records=("badnet",)),  # ends in RNP's pruning, see there
     "fp": Expected(),
     "fst": Expected(asr=0.3),
     "ft": Expected(asr=0.45),
@@ -71,7 +77,10 @@ EXPECTED = {
     "i-bau": Expected(records=("badnet",)),  # a blended trigger is beyond the perturbation's bound
     "nad": Expected(),
     "nc": Expected(flags=("badnet",), records=("badnet",)),  # of a blended trigger it sometimes flags another class
+    "nft": Expected(asr=0.3, records=("blended",)),  # a patch of two pixels stays
     "npd": Expected(asr=0.5, ra=0.1, records=("badnet",)),  # one branch of the last block is too late for a blended one
+    "otbr": Expected(records=("channel",)),
+    "recover_trigger": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",), records=("badnet",)),  # repairs nothing
     "rnp": Expected(loss=0.15, ra=0.6, records=("channel",)),
     "sau": Expected(),
     "tsbd": Expected(loss=0.2, records=("badnet",)),  # the other takes as long and tells no more
@@ -262,6 +271,7 @@ def test_in_training_defense_is_handed_the_poisoned_training_set(
 def test_same_seed_and_index_file_same_repair(name: str, backdoored: Record, tmp_path: Path) -> None:
     """In a brief run: one epoch of everything that has epochs or rounds."""
     brief = {f.name: 1 for f in dataclasses.fields(DEFENSES[name]) if "epoch" in f.name or "round" in f.name}
+    brief |= {"queries": 6400} if name == "b3d" else {}
     folder, first = run_defense(*_order(name, backdoored, **brief), bar=False)
     weights = [torch.load(folder / "defense_result.pt", weights_only=True)["model"]]
     given: dict[str, Any] = {**brief, "eval_every": 1}
@@ -312,6 +322,21 @@ def test_comparison_runs_each_defense_with_each_seed_once(
     row = next(line for line in tables[0].splitlines() if line.split()[:1] == ["ft"])
     assert f"{sum(asr) / 2:.2f} ±{abs(asr[0] - asr[1]) / 2**0.5:.2f}" in row
     assert row.split()[-1] == "2"
+
+
+@pytest.mark.parametrize("name", ["ebyd", "nc", "recover_trigger"])
+def test_found_trigger_is_like_the_true_one(name: str, repaired: Repaired) -> None:
+    """Which is a white square of 2x2 in the lower right corner."""
+    outcome = repaired(name, "badnet")
+    judged = outcome.result["trigger"]
+    assert judged["class"] == TARGET
+    assert judged["cosine"] > 0.4
+    assert judged["turned"] > 0.5
+    with np.load(outcome.folder / "trigger.npz") as found:
+        assert found["true_mask"].sum() == found["true_mask"][-2:, -2:].sum() > 0
+        assert found["mask"][-3:, -3:].sum() > found["mask"].sum() / 3
+    draw(outcome.folder)
+    assert (outcome.folder / "trigger.png").stat().st_size > 1000
 
 
 def test_ulrl_ranking_file_names_the_target(repaired: Repaired) -> None:

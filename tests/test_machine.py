@@ -95,11 +95,12 @@ def test_a_model_of_the_users_shares_the_machine_too(two_threads: None) -> None:
             return super().forward(x)
 
     model = nn.Sequential(nn.Flatten(), Linear(16, 2))
-    images, labels = torch.randn(24, 1, 4, 4), torch.arange(24) % 2
+    images = torch.randn(24, 1, 4, 4)
+    labels = model(images).argmax(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ulrl.Note)
         for work in (ulrl.purify, ulrl.suspect):
             seen.clear()
             work(model, images, labels, unlearning_epochs=1)
-            assert set(seen[-5:]) == {1}
+            assert seen[-1] == 1
     assert torch.get_num_threads() == 2

@@ -10,7 +10,7 @@ from ulrl.errors import UserError
 
 if TYPE_CHECKING:
     from ulrl.metrics import Judgement
-    from ulrl.own_model import Note, Purified, Suspicion, evaluate, purify, suspect
+    from ulrl.own_model import Note, Purified, Queried, Suspicion, evaluate, purify, suspect, suspect_by_queries
     from ulrl.own_record import PurifiedRecord, purify_record
     from ulrl.record import Record, load_record
 
@@ -25,6 +25,7 @@ __all__ = [
     "Note",
     "Purified",
     "PurifiedRecord",
+    "Queried",
     "Record",
     "Suspicion",
     "UserError",
@@ -35,13 +36,14 @@ __all__ = [
     "purify",
     "purify_record",
     "suspect",
+    "suspect_by_queries",
 ]
 
 
 # Imported when they are asked for: torch takes seconds, and a list or a mistake's message can do without.
 _MODULES = {
     "metrics": ("Judgement",),
-    "own_model": ("Note", "Purified", "Suspicion", "evaluate", "purify", "suspect"),
+    "own_model": ("Note", "Purified", "Queried", "Suspicion", "evaluate", "purify", "suspect", "suspect_by_queries"),
     "own_record": ("PurifiedRecord", "purify_record"),
     "record": ("Record", "load_record"),
 }

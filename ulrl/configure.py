@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.detectors.base import DETECTORS, Detector
 from ulrl.errors import UserError
 from ulrl.files import home
 from ulrl.machine import pick_device
@@ -24,18 +26,24 @@ Layer = tuple[str, dict[str, Any]]  # an options file and its values
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What attacks and defenses have in common."""
+    """What all runs have in common."""
 
     dataset_path: str = option(
         "./data", "folder that holds <dataset>/; for the data set `folder`, that folder", source="BackdoorBench"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
     random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True)
+class EpochRun(RunOptions):
+    """What attacks and defenses have in common: their models are judged as they change."""
+
     eval_every: int = option(0, "judge on the test sets every N epochs too; 0: only at start and end", low=0)
 
 
 @dataclass(frozen=True)
-class PreviewRun(RunOptions):
+class PreviewRun(EpochRun):
     """What data and what network an attack is made for."""
 
     yaml_path: str | None = option(
@@ -69,8 +77,8 @@ class AttackRun(PreviewRun):
 
 
 @dataclass(frozen=True)
-class DefenseRun(RunOptions):
-    """Which record to repair, and with how many clean samples."""
+class RecordRun(RunOptions):
+    """Which record to work on, and with how many clean samples."""
 
     result_file: str = option("", "the record: its name under record/, or the path of its folder", source="user")
     yaml_path: str | None = option(
@@ -86,10 +94,29 @@ class DefenseRun(RunOptions):
         None, "folder of the results, under the record's defense/; the defense's name"
     )
     overwrite: bool = option(False, "replace the results of that name")
+
+
+@dataclass(frozen=True)
+class DefenseRun(RecordRun, EpochRun):
+    """Which record to repair, and what to report."""
+
     report_oracle: bool = option(
         False, "afterwards, judge every strength the defense could have chosen too; what the test set would choose "
         "is reported as `oracle` beside the result, never in its place",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DetectionRun(RecordRun):
+    """Whose poisoned training set to search, and how much of it."""
+
+    yaml_path: str | None = option(
+        None, "options file, or the name of a shipped one; else detection/<method>/<dataset> and /<model>"
+    )
+    save_folder_name: str | None = option(
+        None, "folder of the results, under the record's detection/; the method's name"
+    )
+    images: int | None = option(None, "search a random draw of this many training images; all of them", low=2)
 
 
 Run = TypeVar("Run", bound=PreviewRun)
@@ -103,6 +130,11 @@ def attack_schema(name: str, run: type[PreviewRun] = AttackRun) -> Schema:
 def defense_schema(name: str) -> Schema:
     """The options of a defense and its run."""
     return Schema(DefenseRun, DEFENSES[name])
+
+
+def detection_schema(name: str) -> Schema:
+    """The options of a sample detector and its run."""
+    return Schema(DetectionRun, DETECTORS[name])
 
 
 def configure_attack(
@@ -127,6 +159,16 @@ def configure_defense(
     schema = defense_schema(name)
     settings = _merged(schema, defense_layers(schema, name, dataset, model, given.get("yaml_path")), given, quiet)
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
+
+
+def configure_detector(
+    name: str, given: Mapping[str, Any], dataset: str, model: str, *, quiet: bool = False
+) -> tuple[Detector, DetectionRun]:
+    """A sample detector and its run, for a record of that data set and architecture; as `configure_attack`."""
+    schema = detection_schema(name)
+    files = _record_layers(schema, f"detection/{name}", dataset, model, given.get("yaml_path"))
+    settings = _merged(schema, files, given, quiet)
+    return settings.build(DETECTORS[name]), settings.build(DetectionRun)
 
 
 def options_of(*parts: Any) -> dict[str, Any]:
@@ -194,9 +236,11 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[L
 
 def defense_layers(schema: Schema, name: str, dataset: str, model: str, given: str | None = None) -> list[Layer]:
     """What the options files of a defense say: the one named, or the usual ones for data set and model."""
-    if given is not None:
-        return [yaml_layer(schema, given)]
-    return _usual_layers(schema, f"defense/{name}", dataset, model)
+    return _record_layers(schema, f"defense/{name}", dataset, model, given)
+
+
+def _record_layers(schema: Schema, folder: str, dataset: str, model: str, given: str | None) -> list[Layer]:
+    return _usual_layers(schema, folder, dataset, model) if given is None else [yaml_layer(schema, given)]
 
 
 def yaml_layer(schema: Schema, given: str | None) -> Layer:
@@ -214,7 +258,7 @@ def _usual_layer(schema: Schema, folder: str, name: str | None) -> Layer:
     """
     own = home() / "config" / folder / f"{name}.yaml"
     inside = name is not None and PurePath(name).name == name
-    file = own if inside and own.is_file() else shipped_files().get(f"{folder}/{name}")
+    file = own if inside and os.path.isfile(own) else shipped_files().get(f"{folder}/{name}")
     return (str(file), schema.yaml(file)) if file else ("", {})
 
 

@@ -26,6 +26,31 @@ class Judgement:
     n_poisoned: int
 
 
+@dataclass(frozen=True)
+class RankingJudgement:
+    """How well scores tell poisoned images from the others; None where there is nothing to tell.
+
+    auroc: the chance that a poisoned image is scored above another, ties counting half. recall_at_1_fpr: the greatest
+    share of the poisoned that a threshold finds which at most 1% of the others reach.
+    """
+
+    auroc: float | None
+    recall_at_1_fpr: float | None
+    n_images: int
+    n_poisoned: int
+
+
+def ranking_judgement(scores: torch.Tensor, poisoned: torch.Tensor) -> RankingJudgement:
+    """scores: float [N], finite, the higher the more suspicious; poisoned: bool [N]."""
+    others, found = scores[~poisoned].sort().values, scores[poisoned]
+    if not len(others) or not len(found):
+        return RankingJudgement(None, None, len(scores), len(found))
+    below, not_above = (torch.searchsorted(others, found, right=right) for right in (False, True))
+    auroc = (below + not_above).double().mean().item() / (2 * len(others))
+    recall = ((len(others) - below) <= 0.01 * len(others)).double().mean().item()
+    return RankingJudgement(auroc, recall, len(scores), len(found))
+
+
 def took(judgement: Judgement) -> bool | None:
     """Whether a backdoor works at all, so that a defense has something to remove; None where none was planted."""
     return None if judgement.asr is None else judgement.asr >= TOOK

@@ -90,6 +90,10 @@ class Record:
         labels[poisoned] = state.labels.to(clean.device)
         return PoisonedSet(images, labels, spec, whole.labels, state.exposed.to(clean.device))
 
+    def triggered_train(self) -> torch.Tensor:
+        """Positions in the clean training split, int64 [P], of the samples that were poisoned, covers left out."""
+        return torch.empty(0, dtype=torch.int64) if (state := self.bd_train) is None else state.indices[~state.cover]
+
     def check_test(self, clean: ImageSet) -> None:
         """Raises UserError if a folder of the user's is not the one that the record was made from.
 

@@ -294,6 +294,12 @@ def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
     return torch.cat(classes) if classes else data.labels.new_empty(0)
 
 
+def logits(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
+    """What `model`, in eval mode, answers to each image: float32 [N, K] on the set's device. N at least 1."""
+    with _exact_head(model, data.spec.num_classes):
+        return torch.cat(_outputs(model, data, amp, lambda x: model(x).float()))
+
+
 @contextlib.contextmanager
 def _exact_head(model: nn.Module, num_classes: int) -> Iterator[None]:
     """The classifier head, where one is found, computes in its own precision inside the block, also under autocast.

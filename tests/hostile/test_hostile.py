@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import others
+import planted
 import pytest
 import records
 from doors import Case, run
 
-CASES: list[Case] = [*records.CASES, *others.CASES]
+CASES: list[Case] = [*records.CASES, *others.CASES, *planted.CASES]
 
 
 def test_the_names_tell_the_cases_apart() -> None:

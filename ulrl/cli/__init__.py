@@ -37,12 +37,13 @@ A model of your own
 Records, which are backdoored models with what is needed to judge a repair
   attack NAME [options]            make one, as python attack/NAME.py
   defense NAME [options]           repair one, as python defense/NAME.py
+  detect RECORD --samples [options]  which images of its training set are poisoned, as scores, judged
   show RECORD                      what was planted, how well it works, its pictures and its defenses so far
   inspect FILE                     what a record, checkpoint or weights file holds, without loading it
   convert RECORD --to safetensors  the same record without a pickle; --to pickle: as BackdoorBench reads it
   preview ATTACK [options]         draw an attack's trigger, without training a backdoored model
   clip [options]                   the same for images with captions: plant a backdoor in a dual encoder, and repair it
-  list                             attacks, defenses, data sets and models
+  list                             attacks, defenses, sample detectors, data sets and models
   list configs                     the options files that come with ulrl, by the names that --yaml_path and sweep take
 
 Studies
@@ -56,7 +57,7 @@ Studies
 # torch, when the arguments are found to be in order.
 COMMANDS = {
     "attack": "running", "defense": "running", "preview": "running", "compare": "running", "sweep": "running",
-    "purify": "own", "list": "listing", "clip": "captioned",
+    "purify": "own", "list": "listing", "detect": "detecting", "clip": "captioned",
     "inspect": "strangers", "convert": "strangers",
     "show": "showing", "results": "showing", "report": "showing", "plot": "showing",
 }  # fmt: skip

@@ -19,8 +19,8 @@ def list_(argv: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table("kind", "name", "what it is")
-    for kind in ("attack", "defense"):
-        for name, (module, _) in methods(f"ulrl.{kind}s").items():
+    for kind, package in (("attack", "attacks"), ("defense", "defenses"), ("sample detector", "detectors")):
+        for name, (module, _) in methods(f"ulrl.{package}").items():
             table.add_row(kind, name, about(module).partition("\n")[0])
     table.add_row("dataset", ", ".join(declared("ulrl.data.datasets", "DATASETS")), "")
     table.add_row("model", ", ".join(keys("ulrl.models.architectures", "ARCHITECTURES")), "")

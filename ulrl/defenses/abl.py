@@ -64,7 +64,7 @@ class ABL(Defense):
         isolated = round(self.isolation_ratio * len(clean))
         if isolated < 2:
             raise UserError(f"--isolation_ratio {self.isolation_ratio} of {len(clean)} images is less than two")
-        model = _fresh(model, self.random_seed)
+        model = fresh_weights(model, self.random_seed, "initialisation")
         self._fit(model, clean, monitor, "tune")
         losses = _losses(model, clean, self.amp)
         order = losses.argsort(stable=True)
@@ -104,11 +104,11 @@ class ABL(Defense):
         return (loss - self.flooding).abs() + self.flooding, right
 
 
-def _fresh(model: nn.Module, seed: int) -> nn.Module:
+def fresh_weights(model: nn.Module, seed: int, stream: str) -> nn.Module:
     """The architecture of `model` with weights drawn anew; parameters outside of torch's layers are N(0, 0.02)."""
     device = next(model.parameters()).device
     fresh = copy.deepcopy(model).cpu()
-    with global_stream(seed, "initialisation"):
+    with global_stream(seed, stream):
         for module in fresh.modules():
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if reset is not None:

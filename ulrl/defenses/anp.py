@@ -12,22 +12,18 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.mask_pruning import MaskPruning
-from ulrl.defenses.masks import Mask, clamp, masked, norm_layers
-from ulrl.errors import UserError
+from ulrl.defenses.masks import (
+    SCALE_AND_SHIFT,
+    Perturbed,
+    clamp,
+    masked,
+    norm_layers,
+    require_shifts,
+    worst_noise,
+)
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, cross_entropy, fit
-
-
-class _Perturbed(Mask):
-    """Multiplies a tensor by its mask plus a noise."""
-
-    def __init__(self, perturbed: torch.Tensor) -> None:
-        super().__init__(perturbed)
-        self.noise = nn.Parameter(torch.zeros_like(self.mask))
-
-    def forward(self, original: torch.Tensor) -> torch.Tensor:
-        return original * (self.mask + self.noise)
 
 
 @register("anp")
@@ -60,8 +56,7 @@ class ANP(MaskPruning):
     anp_alpha: float = option(0.2, "weight of the clean loss", source="paper", low=0, high=1)
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
-        if any(layer.bias is None for layer in norm_layers(model).values()):
-            raise UserError("the model has a normalisation layer without a shift, which ANP would have to perturb")
+        require_shifts(model)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         train, validation = self.set_aside(clean)
@@ -72,21 +67,12 @@ class ANP(MaskPruning):
         batches = self.batches(clean, "mask")
         epochs = max(1, round(self.nb_iter / len(batches)))
         stream = generator(self.random_seed, "noise", clean.device)
-        with masked(model, _Perturbed, ("weight", "bias")) as both:
-            noises: list[torch.Tensor] = [m.noise for m in both if isinstance(m, _Perturbed)]
+        with masked(model, Perturbed, SCALE_AND_SHIFT) as both:
+            noises: list[torch.Tensor] = [m.noise for m in both if isinstance(m, Perturbed)]
             on_scales = both[::2]
 
             def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                with torch.no_grad():
-                    for noise in noises:
-                        noise.uniform_(-self.anp_eps, self.anp_eps, generator=stream)
-                for _ in range(self.anp_steps):
-                    gradients = torch.autograd.grad(cross_entropy(model, x, y)[0], noises)
-                    with torch.no_grad():
-                        signs = torch._foreach_sign(gradients)
-                        torch._foreach_add_(noises, signs, alpha=self.anp_eps / self.anp_steps)
-                        torch._foreach_clamp_min_(noises, -self.anp_eps)
-                        torch._foreach_clamp_max_(noises, self.anp_eps)
+                worst_noise(noises, lambda: cross_entropy(model, x, y)[0], self.anp_eps, self.anp_steps, stream)
                 attacked, _ = cross_entropy(model, x, y)
                 with torch.no_grad():
                     torch._foreach_zero_(noises)

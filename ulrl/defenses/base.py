@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pandas as pd
+import torch
 from torch import nn
 
 from ulrl.data.batches import Batches
@@ -21,13 +22,25 @@ from ulrl.training import Monitor
 
 
 @dataclass(frozen=True)
+class Trigger:
+    """A trigger that a defense believes in: an image becomes (1 - mask) * image + mask * pattern.
+
+    mask: float32 [1, H, W] in [0, 1]; pattern: float32 [C, H, W], pixels in [0, 1]. On the CPU.
+    """
+
+    mask: torch.Tensor
+    pattern: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Repair:
     """What a defense returns.
 
     flagged: classes called suspicious, the highest score first. evidence: JSON-able facts for
     `result.json`. tables: further evidence, each written as `<name>.csv`. candidates: where a strength
     was chosen, what the others would have given: an iterator of (strength, model), the model valid until
-    the next one is asked for. Only the judge walks it, and only for `--report_oracle`.
+    the next one is asked for. Only the judge walks it, and only for `--report_oracle`. triggers: those found,
+    by the class that they lead to, for the judge to compare with the true one.
     """
 
     model: nn.Module
@@ -35,6 +48,7 @@ class Repair:
     evidence: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     candidates: Callable[[], Iterator[tuple[float, nn.Module]]] | None = None
+    triggers: dict[int, Trigger] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
@@ -59,3 +60,14 @@ class FineTuning(Defense):
             model, self.batches(clean, stage), epochs, optimizer, scheduler, monitor, stage, amp=self.amp,
             objective=objective, sam=sam, after_step=after_step,
         )  # fmt: skip
+
+
+def hold_norm(weight: torch.Tensor) -> Callable[[], None]:
+    """A function of no arguments that scales `weight`, in place, back to the L2 norm that it has now."""
+    norm = weight.detach().norm()
+
+    @torch.no_grad()
+    def hold() -> None:
+        weight.mul_(norm / weight.norm().clamp_min(1e-12))
+
+    return hold

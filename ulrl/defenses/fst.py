@@ -10,7 +10,7 @@ from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
-from ulrl.defenses.finetuning import FineTuning
+from ulrl.defenses.finetuning import FineTuning, hold_norm
 from ulrl.models.head import Head, find_head
 from ulrl.options import option
 from ulrl.seeds import generator
@@ -40,20 +40,16 @@ class FST(FineTuning):
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         name, head = find_head(model, clean.spec.num_classes, self.linear_name)
         original = head.weight.detach().clone()
-        norm = original.norm()
+        hold = hold_norm(head.weight)
         self._redraw(head)
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             loss, right = cross_entropy(model, x, y)
             return loss + self.alpha * (head.weight * original).sum(), right
 
-        @torch.no_grad()
-        def project() -> None:
-            head.weight.mul_(norm / head.weight.norm().clamp_min(1e-12))
-
-        self.finetune(model, clean, monitor, "relearn", objective=objective, after_step=project)
+        self.finetune(model, clean, monitor, "relearn", objective=objective, after_step=hold)
         cosine = F.cosine_similarity(head.weight.detach().flatten(), original.flatten(), dim=0).item()
-        return Repair(model, evidence={"head": name, "head_cosine": cosine, "head_norm": norm.item()})
+        return Repair(model, evidence={"head": name, "head_cosine": cosine, "head_norm": original.norm().item()})
 
     @torch.no_grad()
     def _redraw(self, head: Head) -> None:

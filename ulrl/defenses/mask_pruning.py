@@ -47,7 +47,7 @@ class MaskPruning(Selecting):
         swept = sweep(
             model, thresholds, edit, validation, self.acc_ratio, monitor, amp=self.amp, fixed=self.pruning_number
         )
-        table = _table(values)
+        table = mask_table(values)
         swept.curve["pruned"] = [0, *((table["mask"] <= t).sum() for t in thresholds[1:])]
         evidence = {
             **evidence,
@@ -59,7 +59,7 @@ class MaskPruning(Selecting):
         return Repair(model, [], evidence, {"masks": table, "pruning": swept.curve}, swept.candidates)
 
 
-def _table(values: dict[str, torch.Tensor]) -> pd.DataFrame:
+def mask_table(values: dict[str, torch.Tensor]) -> pd.DataFrame:
     """One row per channel, lowest mask first."""
     layers = {path: pd.DataFrame({"mask": v.flatten().cpu().numpy()}) for path, v in values.items()}
     return pd.concat(layers, names=["layer", "channel"]).sort_values("mask", kind="stable")

@@ -1,9 +1,9 @@
-"""Masks on the channels of any normalisation layer: to learn which ones serve a backdoor, and to silence them."""
+"""Masks and noise on the channels of any normalisation layer: to learn which ones serve a backdoor, and edit them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -38,15 +38,41 @@ class Mask(nn.Module):
         return original * self.mask
 
 
+class Perturbed(Mask):
+    """Multiplies a tensor by its mask plus a noise, zeros at first."""
+
+    def __init__(self, perturbed: torch.Tensor) -> None:
+        super().__init__(perturbed)
+        self.noise = nn.Parameter(torch.zeros_like(self.mask))
+
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        return original * (self.mask + self.noise)
+
+
+SCALE_AND_SHIFT = ("weight", "bias")
+
+
+def require_shifts(model: nn.Module) -> None:
+    """For what perturbs SCALE_AND_SHIFT.
+
+    Raises:
+        UserError: a normalisation layer has no shift, or there is none at all.
+    """
+    if any(layer.bias is None for layer in norm_layers(model).values()):
+        raise UserError("the model has a normalisation layer without a shift, which the noise would have to perturb")
+
+
 @contextlib.contextmanager
-def masked(model: nn.Module, kind: type[Mask] = Mask, tensors: tuple[str, ...] = ("weight",)) -> Iterator[list[Mask]]:
-    """Inside the block the `tensors` of every normalisation layer are `kind` of what they are, and only
-    the masks can be trained; afterwards the model is plain again, with the weights that it had.
+def masked(
+    model: nn.Module, kind: type[Mask] = Mask, tensors: tuple[str, ...] = ("weight",), *, frozen: bool = True
+) -> Iterator[list[Mask]]:
+    """Inside the block the `tensors` of every normalisation layer are `kind` of what they are; afterwards the model is
+    plain again. `frozen`: only the masks can be trained, and the weights stay what they were.
 
     Yields the masks, in the order of `norm_layers` and of `tensors` within a layer.
     """
     layers = norm_layers(model).values()
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad] if frozen else []
     masks = []
     try:
         for p in trainable:
@@ -65,6 +91,21 @@ def masked(model: nn.Module, kind: type[Mask] = Mask, tensors: tuple[str, ...] =
             p.requires_grad_(True)
 
 
+def worst_noise(
+    noises: list[torch.Tensor], loss: Callable[[], torch.Tensor], bound: float, steps: int, stream: torch.Generator
+) -> None:
+    """Fill `noises`, in place, with the worst within `bound`: from a random start, `steps` signed steps up `loss`."""
+    with torch.no_grad():
+        for noise in noises:
+            noise.uniform_(-bound, bound, generator=stream)
+    for _ in range(steps):
+        gradients = torch.autograd.grad(loss(), noises)
+        with torch.no_grad():
+            torch._foreach_add_(noises, torch._foreach_sign(gradients), alpha=bound / steps)
+            torch._foreach_clamp_min_(noises, -bound)
+            torch._foreach_clamp_max_(noises, bound)
+
+
 @torch.no_grad()
 def clamp(masks: list[Mask]) -> None:
     """Back into [0, 1], as after every step."""
@@ -81,3 +122,10 @@ def silence(model: nn.Module, values: Mapping[str, torch.Tensor], threshold: flo
     """
     for path, value in values.items():
         model.get_submodule(path).weight.masked_fill_(value <= threshold, 0)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def scale(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Multiply the scale of every channel by its value, in place; their shift stays. values: as for `silence`."""
+    for path, value in values.items():
+        model.get_submodule(path).weight.mul_(value)  # type: ignore[operator]

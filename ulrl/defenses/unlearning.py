@@ -63,6 +63,10 @@ class Unlearning(Defense):
     sgd_momentum: float = option(0.9, "momentum of every stage, with sgd", source=_RELEASES, low=0, high=1)
     wd: float = option(5e-4, "weight decay in unlearning (there is none later)", source=_RELEASES, low=0)
 
+    def ascent_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """What `unlearn` moves the weights by."""
+        return make_optimizer(model, "sgd", self.unlearning_lr, self.sgd_momentum, self.wd)
+
     def unlearn(self, model: nn.Module, clean: ImageSet, monitor: Monitor, *, in_eval: bool = False) -> Unlearned:
         """Maximise the cross-entropy on `clean` until its accuracy is at most `clean_threshold`.
 
@@ -71,8 +75,9 @@ class Unlearning(Defense):
         left as it was. The accuracy is that of the running epoch, in train mode, as in the releases of ULRL and
         RNP; or, `in_eval`, the finished epoch's in eval mode, as in TSBD's.
 
-        Always with sgd, as in the releases: its changes are in proportion to the gradients, which is what a ranking
-        of the weights that moved most reads. AdamW gives every weight about the same step, and no class stands out.
+        With sgd, whatever relearns later, as in the releases: its changes are in proportion to the gradients, which is
+        what a ranking of the weights that moved most reads. AdamW gives every weight about the same step, and no class
+        stands out.
 
         An ascent has no bottom: its loss and so its gradients grow with each step, and without `clip` one step can
         take weights to 1e10, behind which the net overflows.
@@ -92,7 +97,7 @@ class Unlearning(Defense):
                 measured = (predict(copied, clean, self.amp) == clean.labels).double().mean().item()
             return measured <= max(self.clean_threshold, constant)
 
-        optimizer = make_optimizer(copied, "sgd", self.unlearning_lr, self.sgd_momentum, self.wd)
+        optimizer = self.ascent_optimizer(copied)
         epochs = self.unlearning_epochs
         reached = fit(
             copied, self.batches(clean, "unlearn"), epochs, optimizer,

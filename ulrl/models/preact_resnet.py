@@ -18,13 +18,26 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.shortcut: nn.Module | None = None
         if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False))
+            self.shortcut = nn.Sequential(_Pointwise(channels_in, channels, 1, stride, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(x))
         kept = x if self.shortcut is None else self.shortcut(out)
         out = self.conv1(out)
         return self.conv2(F.relu(self.bn2(out))) + kept
+
+
+class _Pointwise(nn.Conv2d):
+    """A convolution of 1x1. Of a narrow net it takes the pixels of its stride first, which gives the same.
+
+    On a CPU the gradient of such a weight with a stride, of fewer than 16 input channels that are last in memory, is
+    written past its buffer, which crashes or is wrong (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_channels < 16 and x.device.type == "cpu":
+            return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
+        return super().forward(x)
 
 
 class PreActResNet18(nn.Module):

@@ -3,6 +3,7 @@
 from ulrl.own_model.evaluating import evaluate
 from ulrl.own_model.given import Note
 from ulrl.own_model.purifying import Purified, purify
+from ulrl.own_model.querying import Queried, suspect_by_queries
 from ulrl.own_model.suspecting import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN, Suspicion, suspect
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "UNCERTAIN",
     "Note",
     "Purified",
+    "Queried",
     "Suspicion",
     "evaluate",
     "purify",
     "suspect",
+    "suspect_by_queries",
 ]

@@ -14,6 +14,7 @@ from ulrl.data.datasets import SPECS
 from ulrl.files import whole_file
 from ulrl.report import plots
 from ulrl.runs.common import SAMPLES_FILE
+from ulrl.runs.triggers import TRIGGER_FILE
 
 THUMBNAIL_HEIGHT = 64  # pixels, of small images
 
@@ -35,6 +36,10 @@ def draw(folder: Path) -> None:
     history = pd.read_csv(folder / f"{result['method']}_df.csv")
     with whole_file(folder / "acc_asr.png") as partial:
         plots.acc_asr(partial, history, result["before"], result["after"])
+    if (folder / TRIGGER_FILE).exists():
+        with np.load(folder / TRIGGER_FILE) as found, whole_file(folder / "trigger.png") as partial:
+            title = f"{result['method']} on {result['record']}, class {result['trigger']['class']}"
+            plots.recovered_triggers(partial, {"": dict(found)}, title)
     if (folder / "neurons.csv").exists():
         neurons = pd.read_csv(folder / "neurons.csv", index_col="class")
         spec = SPECS.get(result["dataset"])

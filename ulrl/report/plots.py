@@ -54,6 +54,30 @@ def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles:
     _save(figure, path)
 
 
+def recovered_triggers(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]], title: str) -> None:
+    """Per row of found triggers: an image, it with the true trigger, with the found one, and both masks.
+
+    rows: by a text beside the row, what `ulrl.runs.triggers` writes: clean, poisoned and pattern uint8 [C, H, W],
+    true_mask bool and mask float [H, W].
+    """
+    figure = Figure(figsize=(6.4, 1.3 * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), 5, squeeze=False)
+    for row, (name, found) in zip(axes, rows.items(), strict=True):
+        clean, mask = found["clean"].astype(float), found["mask"]
+        stamped = (clean + mask * (found["pattern"] - clean)).astype(np.uint8)
+        shown = (found["clean"], found["poisoned"], stamped, 255 * found["true_mask"][None], 255 * mask[None])
+        row[0].set_ylabel(_plain(name), rotation=0, ha="right", va="center", fontsize=8)
+        for ax, image in zip(row, shown, strict=True):
+            pixels = image.transpose(1, 2, 0)
+            ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
+            ax.set_xticks([])
+            ax.set_yticks([])
+    for ax, text in zip(axes[0], ("image", "true trigger", "found trigger", "true mask", "found mask"), strict=True):
+        ax.set_title(text, fontsize=8)
+    figure.suptitle(_plain(title), fontsize=10)
+    _save(figure, path)
+
+
 def signed_z(neurons: pd.DataFrame) -> pd.Series:
     """Each class's robust z, negative where it changed less than the median."""
     return neurons.z.where(neurons.change >= neurons.change.median(), -neurons.z)

@@ -45,11 +45,27 @@ def result_table(result: dict[str, Any]) -> RenderableType:
             about.append(f"{result['clean_samples']} clean samples")
         lines.add_row("DER %", _percent(result["der"]))
         lines.add_row("flagged", escape(printable(flagged_text(result["flagged"], result.get("target")))))
+        if found := result.get("trigger"):
+            figures = f"cosine {found['cosine']:.2f}, IoU {found['iou']:.2f}, turns {_percent(found['turned'])} %"
+            lines.add_row("trigger", f"found for class {found['class']}: {figures}")
     elif result["took"] is False:
         lines.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%")
     lines.add_row("on", escape(printable(", ".join(about))))
     lines.add_row("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result["seconds"].items()))
     return Group(table, lines)
+
+
+def detection_table(record: str, results: Sequence[dict[str, Any]]) -> RenderableType:
+    """What sample detectors came to on a record: their `result.json`s, the best first."""
+    table = Table(title=escape(printable(record)), title_style="bold")
+    for column in ("", "AUROC", "recall % at 1% FPR", "poisoned", "images", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for result in sorted(results, key=lambda r: -(r["auroc"] or 0.0)):
+        auroc = "-" if result["auroc"] is None else f"{result['auroc']:.3f}"
+        counts = (str(result[k]) for k in ("n_poisoned", "n_images"))
+        seconds = f"{result['seconds']['total']:.1f}"
+        table.add_row(result["method"], auroc, _percent(result["recall_at_1_fpr"]), *counts, seconds)
+    return table
 
 
 def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:

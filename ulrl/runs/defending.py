@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ulrl.configure import DefenseRun, options_of
-from ulrl.data.datasets import clean_subset, dataset_spec, load_dataset
+from ulrl.configure import DefenseRun
+from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
-from ulrl.files import find_input, whole_folder
+from ulrl.files import whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import load_model
@@ -32,10 +32,11 @@ from ulrl.runs.common import (
     write_index,
     write_json,
 )
+from ulrl.runs.given import check_named, clean_index, result_options, results_folder
 from ulrl.runs.judgements import kept
+from ulrl.runs.triggers import TRIGGER_FILE, judge_trigger
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
-from ulrl.untrusted.opening import read_text
 from ulrl.untrusted.texts import read_json
 
 log = logging.getLogger(__name__)
@@ -57,16 +58,8 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         UserError: bad options, a record that does not fit them or its data, data that is not there.
     """
     start = time.perf_counter()
-    final = _results_folder(defense, record, run)
-    for flag, named, recorded in (
-        ("dataset", run.dataset, record.dataset),
-        ("model", run.model, record.model_name),
-    ):
-        if named is not None and named != recorded:
-            raise UserError(
-                f"--{flag} {named} (or that key in YAML) contradicts the record {record.name}, "
-                f"which says {recorded}; leave it out"
-            )
+    final = results_folder(record, "defense", run.save_folder_name or defense.name)
+    check_named(record, run)
     size = record.img_size[:2]
     spec = dataset_spec(record.dataset, run.dataset_path, size)
     device = pick_device(run.device)
@@ -76,9 +69,7 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
     train, clean_test = load_dataset(record.dataset, run.dataset_path, size)
     record.check_test(clean_test)
     clean_test = clean_test.to(device)
-    index = torch.empty(0, dtype=torch.int64) if defense.in_training else _clean_index(run, len(train))
-    if len(index) == 1:
-        raise UserError("one clean sample is too few to train on; raise --ratio, or list more in --index")
+    index = torch.empty(0, dtype=torch.int64) if defense.in_training else clean_index(run, len(train))
     if defense.in_training:
         poisoned_train = record.poisoned_train(train)
         given = ImageSet(poisoned_train.images, poisoned_train.labels, spec).to(device)
@@ -116,12 +107,17 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
             frame.to_csv(folder / f"{table}.csv")
         result = {
             "schema": 1, "kind": "defense", "method": defense.name, "record": record.name, "attack": record.attack,
-            "dataset": record.dataset, "model": record.model_name, "options": _options(defense, run),
+            "dataset": record.dataset, "model": record.model_name, "options": result_options(defense, run),
             "seed": run.random_seed, "clean_samples": len(index), "before": asdict(before),
             "after": asdict(after), "der": defense_effectiveness(before, after),
             "flagged": repair.flagged, "target": _target(poisoned_test), "seconds": stage_seconds(monitor, start),
             "peak_memory_mb": peak.mb(), "evidence": repair.evidence, "environment": environment(device),
         }  # fmt: skip
+        if repair.triggers:  # judged on the record's own model, which may have been changed in place
+            model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
+            result["trigger"] = judge_trigger(
+                model, repair.triggers, repair.flagged, clean_test, poisoned_test, defense.amp, folder / TRIGGER_FILE
+            )
         if run.report_oracle:
             result["oracle"] = _oracle(repair, before, clean_test, poisoned_test, defense, folder)
         write_json(folder / "result.json", result)
@@ -141,47 +137,16 @@ def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = T
     if not run.overwrite:
         with contextlib.suppress(UserError, KeyError, TypeError):  # absent, or not one of ours
             result = read_json(folder / "result.json", record.folder.resolve())
-            if result["options"] == json.loads(json.dumps(_options(defense, run))):
+            if result["options"] == json.loads(json.dumps(result_options(defense, run))):
                 log.info("%s is there already, and was not run again", folder)
                 return folder, False
     return run_defense(defense, record, run, bar=bar)[0], True
-
-
-def _results_folder(defense: Defense, record: Record, run: DefenseRun) -> Path:
-    """Where the results go, asked before the work."""
-    name = run.save_folder_name or defense.name
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
-    final = record.folder / "defense" / name
-    for place in (final.parent, final):
-        if place.is_symlink():  # a downloaded record could lead the writing anywhere
-            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
-    return final
-
-
-def _options(defense: Defense, run: DefenseRun) -> dict[str, Any]:
-    """Those that say how the result came about; whether it replaced another does not."""
-    return {k: v for k, v in options_of(defense, run).items() if k != "overwrite"}
 
 
 def _target(poisoned: PoisonedSet) -> int | None:
     """The one label that all triggered test images are to be given, or None."""
     labels = poisoned.labels.unique().tolist()
     return labels[0] if len(labels) == 1 else None
-
-
-def _clean_index(run: DefenseRun, size: int) -> torch.Tensor:
-    """The clean samples to use: those listed in `--index`, or a draw of `ratio`. int64 [n]."""
-    if run.index is None:
-        return clean_subset(size, run.ratio, run.random_seed)
-    file = find_input(run.index)
-    try:
-        index = [int(word) for word in read_text(file).split()]
-    except (UserError, ValueError) as error:
-        raise UserError(f"--index {file}: not a readable list of whole numbers ({error})") from None
-    if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
-        raise UserError(f"--index {file}: give different indices, each from 0 to {size - 1}, at least one")
-    return torch.tensor(index, dtype=torch.int64)
 
 
 def _oracle(

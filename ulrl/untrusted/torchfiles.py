@@ -1,6 +1,6 @@
 """What `torch.save` wrote, read without torch's unpickler: another process says what is in it, and where.
 
-That process (`_reader`) has limits on memory and time and can open nothing, so whatever a pickle is made to do ends
+That process (`reader`) has limits on memory and time and can open nothing, so whatever a pickle is made to do ends
 there. Tensors are then taken from the file by their place.
 """
 
@@ -26,7 +26,10 @@ MOST = 2048 * MIB  # bytes of a file
 MEMORY = 1024 * MIB  # bytes that its pickle may need
 SECONDS = 5  # of a processor, and one more per 200 MB, for the checksums
 PATIENCE = 60  # seconds on the clock, for a slow disk
-READER = Path(__file__).with_name("_reader.py")
+ROOT = Path(__file__).resolve().parents[2]  # where this package lies
+READER = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from ulrl.untrusted.reader.process import main; main(*sys.argv[1:])"
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def _ask(what: str, file: str | os.PathLike[str], content: BinaryIO) -> tuple[di
     size = os.fstat(content.fileno()).st_size
     limits = str(MEMORY), str(SECONDS + size // 200_000_000)
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(READER), what, *limits],
+        [sys.executable, "-I", "-S", "-c", READER, str(ROOT), what, *limits],
         stdin=content, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for this process, which then ends that one
     )  # fmt: skip

@@ -1,0 +1,98 @@
+"""The door for a user's own model: what is said of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from own_nets import TARGET, rates, stamp, weights
+from torch import nn
+
+import ulrl
+from ulrl import UserError
+from ulrl.own_model.suspecting import decide
+
+
+def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    before = weights(backdoored)
+    found = ulrl.suspect(backdoored, *clean)
+    assert (found.verdict, found.label) == ("backdoored", TARGET)
+    assert repr(found).startswith("backdoored; look at class 7\n")
+    assert found.z == found.ranking.z[TARGET]
+    assert found.reach == pytest.approx(found.ranking.perturbation.min() / found.ranking.perturbation.median())
+    assert torch.equal(weights(backdoored), before)
+
+
+@pytest.mark.parametrize(
+    ("z", "flagged", "reach", "verdict"),
+    [
+        ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], (0, "uncertain")),  # far, however high it stands
+        ([9, 1, 2], [1, 0, 0], [0.2, 1, 1.2], (0, "backdoored")),
+        ([9, 1, 2], [1, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),  # near, but another
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.6, 1.2], (1, "no evidence found")),
+        ([3, 9, 2], [0, 1, 0], [math.nan] * 3, (1, "uncertain")),
+        ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], (0, "uncertain")),
+    ],
+)
+def test_verdicts(z: list[float], flagged: list[int], reach: list[float], verdict: tuple[int, str]) -> None:
+    ranking = pd.DataFrame({"z": z, "flagged": np.array(flagged, bool), "reach": reach})
+    assert decide(ranking) == verdict
+
+
+def test_no_evidence_is_not_found_by_a_search_that_failed() -> None:
+    ranking = pd.DataFrame({"z": [3.0, 1.0], "flagged": [False, False], "reach": [0.9, 1.1]})
+    assert decide(ranking, searched=False) == (0, "uncertain")
+
+
+def shuffled(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+
+
+def black(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x * 0 - 1, y
+
+
+@pytest.mark.parametrize("spoil", [shuffled, black])
+def test_no_verdict_on_images_that_the_model_cannot_read(
+    spoil: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    backdoored: nn.Module,
+    clean: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    with pytest.warns(ulrl.Note, match=r"about as many as by chance: are their labels"):
+        found = ulrl.suspect(backdoored, *spoil(*clean))
+    assert (found.verdict, found.label, len(found.ranking)) == ("no verdict", None, 0)
+    assert "by chance" in repr(found)
+
+
+def test_images_that_were_not_scaled_are_noticed(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    with pytest.warns(ulrl.Note, match="images run from 0 to 255, as if they were not normalised"):
+        ulrl.suspect(backdoored, (clean[0] + 1) * 127.5, clean[1], unlearning_epochs=1)
+
+
+def test_a_known_trigger_is_evaluated(
+    backdoored: nn.Module, innocent: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    rest = digits[0][1400:], digits[1][1400:]
+    for model in (backdoored, innocent):
+        judged = ulrl.evaluate(model, *rest, trigger=stamp, target=TARGET)
+        acc, asr = rates(model, digits)
+        assert judged.acc == pytest.approx(acc)
+        assert judged.asr == pytest.approx(asr)
+        assert judged.n_poisoned == int((rest[1] != TARGET).sum())
+    assert judged.ra is not None
+    assert judged.ra > 0.9, "the innocent reads the triggered images"
+    assert ulrl.evaluate(backdoored, *rest).asr is None
+    for wrong, words in (
+        ({"trigger": stamp}, "belong together"),
+        ({"trigger": stamp, "target": 10}, "target 10 is none"),
+        ({"trigger": lambda x: x[:, :, 1:], "target": 7}, "must keep the shape"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ulrl.evaluate(backdoored, *rest, **wrong)

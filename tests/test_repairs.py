@@ -1,0 +1,164 @@
+"""What recent repairs compute, step by step, on nets too small to hold a backdoor."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ulrl.data.datasets import SPECS
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses import otbr
+from ulrl.defenses.base import DEFENSES, Repair
+from ulrl.defenses.cbd import _Critic
+from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, worst_noise
+from ulrl.defenses.otbr import OTBR, _convolutions, _transport
+from ulrl.errors import UserError
+from ulrl.models import build_model
+from ulrl.training import Monitor
+
+
+def samples(n: int = 24) -> ImageSet:
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (n, 1, 8, 8), generator=draw, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(n) % 10, SPECS["digits"])
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_model("preactresnet18", 10, 1, 8)
+
+
+def repair(name: str, model: nn.Module, **options: object) -> Repair:
+    return DEFENSES[name](batch_size=8, amp=False, **options).run(model, samples(), Monitor())
+
+
+def test_d3_leaves_the_old_head_and_keeps_its_norm() -> None:
+    before, model = net(), net()
+    old = before.get_parameter("linear.weight")
+    evidence = repair("d3", model, epochs=10, lr=0.05, lmd=0.0).evidence  # the distance alone
+    assert model.get_parameter("linear.weight").norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
+    assert evidence["head_distance"] > 1.8, "close to 2, the opposite head"
+    near = repair("d3", net(), epochs=1, lr=0.0).evidence["head_distance"]
+    assert near == pytest.approx(math.sqrt(2), abs=0.3), "redrawn, and about at a right angle"
+
+
+def test_d3_asks_nothing_of_what_is_below_the_bound() -> None:
+    """With every loss below `eps` the labels do not matter, and the net goes where the distance leads."""
+    heads = []
+    for lmd in (0.0, 5.0):
+        model = net()
+        repair("d3", model, epochs=1, lmd=lmd, eps=100.0)
+        heads.append(F.normalize(model.get_parameter("linear.weight").detach().flatten(), dim=0))
+    assert (heads[0] @ heads[1]).item() > 0.8
+
+
+def test_otbr_transport_makes_each_filter_of_whole_ones() -> None:
+    draw = torch.Generator().manual_seed(0)
+    filters, nwc = torch.randn(6, 9, generator=draw), torch.rand(6, generator=draw) + 0.1
+    plan = _transport(filters, filters, nwc)
+    assert torch.allclose(plan.sum(0), torch.ones(6, dtype=plan.dtype))
+    assert torch.allclose(_transport(filters, filters, torch.ones(6)), torch.eye(6, dtype=plan.dtype)), "in place"
+    heavy = torch.tensor([50.0, 1, 1, 1, 1, 1])
+    shares = _transport(filters, filters, heavy)
+    assert (shares[:, 0] > 0.1).sum() >= 5, "the suspicious filter is made of all the others"
+
+
+def test_otbr_changes_nothing_before_the_first_zeroed_filter() -> None:
+    weights = {path: m.weight.detach() for path, m in _convolutions(net()).items()}
+    zeroed = {path: torch.zeros(len(w), dtype=torch.bool) for path, w in weights.items()}
+    nwc = {path: torch.ones(len(w)) for path, w in weights.items()}
+    untouched = OTBR()._fuse(weights, zeroed, nwc)
+    assert all(torch.equal(untouched[path], w) for path, w in weights.items())
+    zeroed["layer2.0.conv1"][3] = True
+    fused = OTBR()._fuse(weights, zeroed, nwc)
+    order = list(weights)
+    first = order.index("layer2.0.conv1")
+    assert all(torch.equal(fused[path], weights[path]) for path in order[:first])
+    kept = torch.arange(len(zeroed["layer2.0.conv1"])) != 3
+    assert torch.allclose(fused["layer2.0.conv1"][kept], weights["layer2.0.conv1"][kept], atol=1e-6)
+    assert torch.allclose(fused["layer2.0.conv1"][3], weights["layer2.0.conv1"][3] / 2, atol=1e-6)
+
+
+def test_otbr_at_a_fixed_share_looks_at_no_image() -> None:
+    repaired = []
+    for images in (samples().images, torch.zeros_like(samples().images)):
+        model = net()
+        clean = ImageSet(images, samples().labels, SPECS["digits"])
+        OTBR(batch_size=8, amp=False, pruning_ratio=0.1).run(model, clean, Monitor())
+        repaired.append(model.state_dict())
+    assert all(torch.equal(w, repaired[1][k]) for k, w in repaired[0].items())
+    assert not all(torch.equal(w, repaired[1][k]) for k, w in net().state_dict().items())
+
+
+def test_otbr_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(otbr, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'ulrl\[otbr\]'"):
+        OTBR().check(net(), samples())
+
+
+def test_noise_raises_the_loss_within_its_bound() -> None:
+    model, clean = net().eval(), samples()
+    x = clean.images.float() / 255
+    plain = F.cross_entropy(model(x), clean.labels).item()
+    with masked(model, Perturbed, SCALE_AND_SHIFT) as masks:
+        noises = [m.noise for m in masks if isinstance(m, Perturbed)]
+        worst_noise(
+            noises, lambda: F.cross_entropy(model(x), clean.labels), 0.3, 3, torch.Generator().manual_seed(0)
+        )  # fmt: skip
+        assert max(noise.abs().max().item() for noise in noises) <= 0.3 + 1e-6
+        assert F.cross_entropy(model(x), clean.labels).item() > plain
+    assert F.cross_entropy(model(x), clean.labels).item() == pytest.approx(plain)
+
+
+def test_ban_trains_the_weights_and_leaves_a_plain_model() -> None:
+    before, model = net(), net()
+    repair("ban", model, epochs=2)
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_nft_multiplies_masks_into_the_scales_and_trains_nothing_else() -> None:
+    before, model = net(), net()
+    masks = repair("nft", model, steps=30, lr=0.5, penalty=0.0).tables["masks"]["mask"]
+    for name, weight in before.named_parameters():
+        after = model.get_parameter(name)
+        if name.startswith("bn") or ".bn" in name:
+            if name.endswith("weight"):
+                values = masks[name.removesuffix(".weight")].sort_index().to_numpy()
+                assert torch.allclose(after, weight * torch.tensor(values.tolist()), atol=1e-6)
+        else:
+            assert torch.equal(after, weight), name
+    layers = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in before.state_dict() if name.endswith("running_var")))
+    assert masks.max() <= 1
+    for depth, layer in enumerate(layers, 1):
+        assert masks[layer].min() >= 0.8 * math.exp(-0.5 * depth) - 1e-6
+    assert masks.min() < 0.5
+
+
+def test_cbds_critic_is_held_to_a_norm_of_one_and_is_blind_to_equal_features() -> None:
+    critic = _Critic(12).eval()
+    critic.normalise()
+    for p in critic.parameters():
+        norm = torch.linalg.matrix_norm(p, 2) if p.ndim == 2 else p.norm()
+        assert norm.item() == pytest.approx(1.0, rel=1e-4)
+    ours = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    assert critic.gap(ours, ours[:1].expand(8, 6)).item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("independence", [0.0, 0.01])
+def test_cbd_draws_its_net_anew(independence: float) -> None:
+    nets = [net(), net()]
+    with torch.no_grad():
+        for p in nets[1].parameters():
+            p.mul_(3)
+    for model in nets:
+        assert repair("cbd", model, bias_epochs=1, epochs=1, independence=independence).model is not model
+    first, second = (
+        repair("cbd", model, bias_epochs=1, epochs=1, independence=independence).model.state_dict() for model in nets
+    )  # fmt: skip
+    assert all(torch.equal(w, second[k]) for k, w in first.items()), "what it was given does not matter"

@@ -1,0 +1,50 @@
+"""SCALE-UP: a trigger's prediction stands when all pixels are multiplied (Guo et al., arXiv 2302.03251)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ulrl.data.imageset import ImageSet
+from ulrl.detectors.base import Detector, Scored, register
+from ulrl.options import option
+from ulrl.training import Monitor, predict
+
+
+@register("scale-up")
+@dataclass(frozen=True)
+class ScaleUp(Detector):
+    """The share of the scales at which an image, its pixels multiplied and cut at white, keeps its prediction.
+
+    As in the paper's data-limited setting, that share is compared with its mean and deviation over the clean samples
+    that are given the same class. A class with less than two of them, or whose shares are all equal, takes those of all
+    classes, as the release always does.
+    """
+
+    scales: tuple[int, ...] = option((3, 5, 7, 9, 11), "factors of the pixel values", source="paper")
+
+    def score(self, model: nn.Module, suspects: ImageSet, clean: ImageSet, monitor: Monitor) -> Scored:
+        with monitor.stage("scale", 2 * len(self.scales)) as progress:
+            kept, given = self._consistency(model, suspects, progress.step)
+            usual, classes = self._consistency(model, clean, progress.step)
+        centre, spread = torch.empty((2, clean.spec.num_classes), device=clean.device)
+        for k in range(clean.spec.num_classes):
+            own = usual[classes == k]
+            if len(own) < 2 or own.std() == 0:
+                own = usual
+            centre[k], spread[k] = own.mean(), own.std()
+        return Scored((kept - centre[given]) / spread[given].clamp_min(1e-6))
+
+    def _consistency(
+        self, model: nn.Module, data: ImageSet, step: Callable[[], None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The share of the scales at which each image keeps its class, float [N], and that class, int64 [N]."""
+        classes, kept = predict(model, data, self.amp), torch.zeros(len(data), device=data.device)
+        for scale in self.scales:
+            images = (data.images.short() * scale).clamp_(max=255).byte()
+            kept += predict(model, replace(data, images=images), self.amp) == classes
+            step()
+        return kept / len(self.scales), classes

@@ -1,0 +1,71 @@
+"""What a run on a record is given: its clean samples, and a folder for its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ulrl.configure import RecordRun, options_of
+from ulrl.data.datasets import clean_subset
+from ulrl.errors import UserError
+from ulrl.files import find_input
+from ulrl.record import Record
+from ulrl.untrusted.opening import read_text
+
+
+def check_named(record: Record, run: RecordRun) -> None:
+    """Raises UserError where the run names a data set or an architecture that is not the record's."""
+    for flag, named, recorded in (
+        ("dataset", run.dataset, record.dataset),
+        ("model", run.model, record.model_name),
+    ):
+        if named is not None and named != recorded:
+            raise UserError(
+                f"--{flag} {named} (or that key in YAML) contradicts the record {record.name}, "
+                f"which says {recorded}; leave it out"
+            )
+
+
+def results_folder(record: Record, kind: str, name: str) -> Path:
+    """Where the results of that name go: below `kind`, a folder of the record; asked before the work.
+
+    Raises:
+        UserError: the name is not plain, or one of the folders is a link.
+    """
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    final = record.folder / kind / name
+    for place in (final.parent, final):
+        if place.is_symlink():  # a downloaded record could lead the writing anywhere
+            raise UserError(f"{place} is a link, and results are written into the record only; remove it")
+    return final
+
+
+def result_options(method: Any, run: RecordRun) -> dict[str, Any]:
+    """The options that say how a result came about; whether it replaced another does not."""
+    return {k: v for k, v in options_of(method, run).items() if k != "overwrite"}
+
+
+def clean_index(run: RecordRun, size: int) -> torch.Tensor:
+    """The clean samples to use: those listed in `--index`, or a draw of `ratio`. int64 [n], n at least 2.
+
+    Raises:
+        UserError: a list that cannot be used, or a single sample.
+    """
+    index = clean_subset(size, run.ratio, run.random_seed) if run.index is None else _listed(run.index, size)
+    if len(index) == 1:
+        raise UserError("one clean sample is too few to train on; raise --ratio, or list more in --index")
+    return index
+
+
+def _listed(name: str, size: int) -> torch.Tensor:
+    file = find_input(name)
+    try:
+        index = [int(word) for word in read_text(file).split()]
+    except (UserError, ValueError) as error:
+        raise UserError(f"--index {file}: not a readable list of whole numbers ({error})") from None
+    if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
+        raise UserError(f"--index {file}: give different indices, each from 0 to {size - 1}, at least one")
+    return torch.tensor(index, dtype=torch.int64)
