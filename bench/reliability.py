@@ -129,8 +129,8 @@ def fault_lines(faults: Any) -> list[str]:
     rows = sorted(faults, key=lambda row: order[row["fault"]])
     return [
         f"`bench/faults.py`, {times} faults, {lost} losses. After each, every run that had ended has its checksum of before",
-        "or that of an undisturbed run, nothing is half-written under a final name, and the command, run again, comes to",
-        "the bits of an undisturbed run with no temporary file left.", "",
+        "or that of an undisturbed run, nothing is half-written under a final name; after all but the stops the command",
+        "is run again and comes to the bits of an undisturbed run with no temporary file left.", "",
         "| fault | command | times | lost | |", "|---|---|---|---|---|",
         *(f"| {r['fault']} | {r['command']} | {r['times']} | {r['lost']} | {r['note']} |" for r in rows), "",
         *(["**Not run yet**: " + "; ".join(missing) + ".", ""] if missing else []),
