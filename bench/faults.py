@@ -184,6 +184,7 @@ class Lab:
     folder: Path
     rng: random.Random
     rows: list[dict[str, object]]
+    times: int
     base: Path = field(init=False)
     whole: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
 
@@ -240,11 +241,11 @@ class Lab:
 
 
 def kills(lab: Lab, what: str) -> None:
-    """Ten that hit it running; every second one hits the first process only, whose children have to follow it."""
+    """Every second one hits the first process only, whose children have to follow it."""
     wanted, length = lab.undisturbed(what)
     lost: list[str] = []
     hits = 0
-    while hits < 10:
+    while hits < lab.times:
         home = lab.home()
         before, begin = units(home), time.monotonic()
         process = forked(COMMANDS[what], home)
@@ -378,10 +379,11 @@ def clock(lab: Lab, what: str) -> None:
 
 
 def stops(lab: Lab, what: str) -> None:
-    """From the start on, imports included; what is measured is from the signal to the end."""
+    """From the start on, imports included. What is measured is from the signal to the end: on the clock, in which
+    others may have the machine, and of a processor, which may be two seconds."""
     for sig in (signal.SIGINT, signal.SIGTERM):
         lost, took = [], []
-        for _ in range(3):
+        for _ in range(max(1, lab.times // 3)):
             home = lab.home()
             if what == "report":
                 for i in range(20):
@@ -392,20 +394,25 @@ def stops(lab: Lab, what: str) -> None:
             while process.running() and _cpu(process.pid) < moment:
                 time.sleep(0.05)
             if process.running():
-                begin = time.monotonic()
+                begin, at_it = time.monotonic(), _cpu(process.pid)
                 (os.killpg if sig == signal.SIGINT else os.kill)(process.pid, sig)  # as a terminal does it
+                used = at_it
+                while process.running():
+                    used = max(used, _cpu(process.pid))
+                    time.sleep(0.02)
                 code, last = process.end()
-                took.append(time.monotonic() - begin)
+                took.append((time.monotonic() - begin, used - at_it))
                 if code != 130 or "interrupted" not in last:
                     lost.append(f"left with {code}: {last} (after {moment:.1f} s of a processor)")
             else:
                 process.end()
-            lost += compared(home, before, before)
+            lost += compared(home, before, lab.undisturbed("cache")[0] if what == "purify" else before)
             lost += [f"{path} is left" for path in home.rglob(".*.partial")]
             shutil.rmtree(home)
-        lost += [f"took {seconds:.1f} s" for seconds in took if seconds > 2]
-        times = ", ".join(f"{seconds:.1f}" for seconds in took)
-        lab.row(f"{sig.name} at a random moment", what, len(took), lost, f"ended after {times} s")
+        lost += [f"took {cpu:.1f} s of a processor" for _, cpu in took if cpu > 2]
+        times = ", ".join(f"{clock:.1f} s ({cpu:.1f} s of a processor)" for clock, cpu in took)
+        load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+        lab.row(f"{sig.name} at a random moment", what, len(took), lost, f"ended after {times}; {load}")
 
 
 def ray(lab: Lab, what: str) -> None:
@@ -442,9 +449,14 @@ def ray(lab: Lab, what: str) -> None:
     lab.row("SIGTERM of a sweep on Ray", "sweep", 1, lost + compared(home, units(lab.base), {}), note)
 
 
-def _cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def _cpu(session: int) -> float:
+    """Seconds of a processor that a session's processes have had."""
+    spent = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = file.read_text().rpartition(")")[2].split()
+            spent += (int(fields[3]) == session) * (int(fields[11]) + int(fields[12]))
+    return spent / os.sysconf("SC_CLK_TCK")
 
 
 TRIES = {
@@ -457,13 +469,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=TRIES, action="append", help="one of the faults; all where not given")
     parser.add_argument("--commands", default="", help="names with commas between; all where not given")
+    parser.add_argument("--times", type=int, default=10, help="kills of each command, and a third as many stops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "faults.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(args.out.read_text()) if args.only and args.out.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder), random.Random(args.seed), rows)
+        lab = Lab(Path(folder), random.Random(args.seed), rows, args.times)
         for name in args.only or TRIES:
             for what in {"stops": LONG, "ray": ["sweep"]}.get(name, COMMANDS):
                 if not args.commands or what in args.commands.split(","):

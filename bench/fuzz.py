@@ -7,7 +7,7 @@ processor (a sweep: twenty, as it may ask for 100,000 runs), over a gigabyte, or
 processes, so that a finding ends only its own. The torch reader is tried inside `reader`, whose own limits would
 otherwise hide what is slow or ends it (too little memory is a refusal there), and the whole way, in its child process,
 by `load_torch`, `load_record` and `ulrl inspect`. bench/results/fuzz.json says how many inputs were tried at each door,
-how many of these were refused, how much of a processor that took, and what was found.
+how many of these were refused, how much of a processor that took, and what was found, run by run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ulrl.errors import UserError  # noqa: E402
 from ulrl.record import load_record  # noqa: E402
 from ulrl.report.page import render  # noqa: E402
 from ulrl.report.results import find_runs  # noqa: E402
-from ulrl.runs.defending import _clean_index  # noqa: E402
+from ulrl.runs.given import clean_index  # noqa: E402
 from ulrl.sweep.grid import read_sweep  # noqa: E402
 from ulrl.untrusted.images import opened_image, read_png  # noqa: E402
 from ulrl.untrusted.reader import process  # noqa: E402
@@ -145,7 +145,7 @@ def seeds(folder: Path) -> dict[str, list[tuple[bytes, str, Read]]]:
         "sweep file": [(y, ".yaml", from_file(lambda f: read_sweep(str(f)))) for y in sweeps],
         "result, up to the page": [(result, ".json", result_with)],
         "ranking (CSV), up to the page": [(table, ".csv", result_with)],
-        "index file": [(b"0 1 2 17\n99\n", ".txt", from_file(lambda f: _clean_index(DefenseRun(index=str(f)), 100)))],
+        "index file": [(b"0 1 2 17\n99\n", ".txt", from_file(lambda f: clean_index(DefenseRun(index=str(f)), 100)))],
         "cached array": [(array.getvalue(), ".npy", from_file(lambda f: _map(f, (2, 3, 4))))],
         "image": [(p, f".{form.lower()}", from_file(decoded)) for p, form in pictures],
         "PNG of a record": [(p, ".png", from_file(lambda f: read_png(f, (6, 5), inside, gray=False)))
@@ -213,7 +213,7 @@ def batch(kind: str, corpus: list[tuple[bytes, str, Read]], seed: str, folder: P
                     note.write_text(f"{i} {refused} has a message that is not printable")
                     os._exit(1)
             except BaseException as error:
-                note.write_text(f"{i} {refused} raises {type(error).__name__}: {error}"[:300])
+                note.write_text(f"{i} {refused} raises {type(error).__name__}: {error}".replace(f"{ROOT}/", "")[:300])
                 os._exit(1)
             signal.setitimer(signal.ITIMER_PROF, 0)
         note.write_text(f"{BATCH - 1} {refused} ")
@@ -238,6 +238,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpora = seeds(folder)
+        earlier = json.loads(args.out.read_text()) if args.out.exists() else []
         while time.monotonic() - start < args.seconds:
             number += 1
             for kind, corpus in corpora.items():
@@ -251,7 +252,7 @@ def main() -> None:
                     print(f"{kind}: {wrong}", flush=True)
                 spent = {"seconds": round(time.monotonic() - start), "cpu": round(sum(os.times()[:4]))}
                 about = {**spent, "inputs": tried.total(), "tried": tried, "refused": refused, "found": found}
-                args.out.write_text(json.dumps(about, indent=1) + "\n")
+                args.out.write_text(json.dumps([*earlier, about], indent=1) + "\n")
     print(f"{tried.total()} inputs in {spent['seconds']} s ({spent['cpu']} s of a processor), {len(found)} findings")
     for kind, count in tried.items():
         print(f"  {kind}: {count}, {refused[kind]} of them refused")

@@ -86,17 +86,26 @@ def hostile_rows() -> list[str]:
     ]
 
 
-def fuzz_lines(fuzz: Any) -> list[str]:
-    if not fuzz:
+def fuzz_lines(runs: Any) -> list[str]:
+    if not runs:
         return ["It has not been run yet."]
+    tried: Counter[str] = Counter()
+    for run in runs:
+        tried += Counter(run["tried"])
+    found = [finding for run in runs for finding in run["found"]]
     return [
-        f"`bench/fuzz.py` damaged whole files at random for {fuzz['seconds']:,} s on the clock, in which a machine that others",
-        f"used too gave it {fuzz['cpu']:,} s of a processor: {fuzz['inputs']:,} inputs, {len(fuzz['found'])} findings. The",
-        "torch file the whole way, the record and inspect go through the reader's own process. What is not refused was read",
-        "as what it says, made again (a cache) or left out with a warning (a result, a ranking).", "",
-        "| door | inputs | of them refused |", "|---|---|---|",
-        *(f"| {door} | {n:,} | {fuzz['refused'][door]:,} |" for door, n in sorted(fuzz["tried"].items())),
-        *(["", *(f"- {found['door']}: {found['wrong']}" for found in fuzz["found"])] if fuzz["found"] else []),
+        "`bench/fuzz.py` damages whole files at random, and reads each as a command does, up to the page or the jobs that come",
+        "of it. What is not refused was read as what it says, made again (a cache) or left out with a warning.", "",
+        "| run | on the clock | of a processor | inputs | findings |", "|---|---|---|---|---|",
+        *(
+            f"| {i} | {run['seconds']:,} s | {run['cpu']} s | {run['inputs']:,} | {len(run['found'])} |"
+            if "cpu" in run
+            else f"| {i} | {run['seconds']:,} s | not measured | {run['inputs']:,} | {len(run['found'])} |"
+            for i, run in enumerate(runs, 1)
+        ), "",
+        "| door | inputs |", "|---|---|", *(f"| {door} | {n:,} |" for door, n in sorted(tried.items())), "",
+        "The torch file the whole way, the record and inspect go through the reader's own process.",
+        *(f"Found at {f['door']}: {f['wrong'][:60]}... Mended: {f['mended']}." for f in found),
     ]  # fmt: skip
 
 
@@ -152,7 +161,7 @@ def page() -> str:
     lines += ["## Random damage", "", *fuzz_lines(fuzz), "", "## Faults", "", *fault_lines(faults), ""]
     lines += [
         "## Convert and look", "",
-        "`ulrl inspect FILE` names what a pickle asks for by its opcodes, opens nothing, and was given every door's damage",
+        "`ulrl inspect FILE` names what a pickle asks for by its opcodes, opens nothing, and is one of the doors",
         "above; `ulrl convert RECORD --to safetensors` and back gives the same tensors, images and labels",
         "(`tests/test_converting.py`).", "",
         "## Supply chain", "", *supply_lines(), "",

@@ -20,7 +20,7 @@ from ulrl.sweep.jobs import AttackJob
 FOLDER = re.compile(r"bench_(.+)_r([\d.]+)_c(\d+)")
 ATTACKS_AFTER = ("before", "retuned", "query", "universal")
 DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf")  # Harden's settings were chosen, or looked at, on these
-REPAIRS_NOTHING = ("detect_label",)
+REPAIRS_NOTHING = ("b3d", "detect_label", "recover_trigger")
 SHOWN = {"ulrl": "ULRL", "harden": "Harden", "fst": "FST", "nad": "NAD", "ft": "FT"}  # on the project's front page
 PAGES = BENCH.parent
 FEWEST = 6  # records that the defenses share, for a ranking to be shown on the project's own pages

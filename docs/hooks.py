@@ -20,8 +20,9 @@ from mkdocs.structure.files import File
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.cli import main
-from ulrl.configure import AttackRun, DefenseRun
+from ulrl.configure import AttackRun, DefenseRun, DetectionRun
 from ulrl.defenses.base import DEFENSES, Defense
+from ulrl.detectors.base import DETECTORS, Detector
 from ulrl.options import Schema
 from ulrl.training import TrainOptions
 
@@ -53,6 +54,8 @@ def options(of: str) -> str:
     if of == "attacks":
         shared: tuple[type, ...] = (AttackRun, Attack, TrainOptions)
         return _tables(shared, ATTACKS.items())
+    if of == "detectors":
+        return _tables((DetectionRun, Detector), DETECTORS.items())
     return _tables((DefenseRun, Defense), DEFENSES.items())
 
 

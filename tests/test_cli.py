@@ -16,6 +16,7 @@ from ulrl.cli import COMMANDS, defense_main, main
 from ulrl.data.batches import normalise
 from ulrl.data.datasets import load_dataset
 from ulrl.defenses.base import DEFENSES
+from ulrl.detectors.base import DETECTORS
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +44,8 @@ def test_every_method_has_a_script_and_a_configuration() -> None:
         for name in registry:
             assert f'{kind}_main("{name}")' in (ROOT / kind / f"{name}.py").read_text()
             assert list((ROOT / "config" / kind / name).glob("*.yaml"))
+    for name in DETECTORS:  # which one command runs
+        assert list((ROOT / "config" / "detection" / name).glob("*.yaml"))
 
 
 def test_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +53,7 @@ def test_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
         main(["list"])
     assert left.value.code == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in [*ATTACKS, *DEFENSES, "fashion_mnist", "preactresnet18"])
+    assert all(name in said for name in [*ATTACKS, *DEFENSES, *DETECTORS, "fashion_mnist", "preactresnet18"])
 
 
 @pytest.mark.parametrize(

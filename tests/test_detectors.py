@@ -157,6 +157,8 @@ def test_command_prints_a_table_and_replaces_nothing_unasked(
         (["--samples", "strip", "--overlay", "3"], "did you mean '--overlays'?"),
         (["--samples", "strip,rnp", "--overlays", "3"], "unknown argument --overlays"),
         (["--samples", "strip", "--images", "5000"], "--images 5000 is more than the 1293 training images"),
+        (["--samples", "strip", "--result_file", "other"], "--result_file would have no effect"),
+        (["--samples", "strip,rnp", "--save_folder_name", "x"], "each of several detectors has its own"),
         (["--samples", "strip", "--model", "vgg19"], "contradicts the record tiny"),
     ],
 )

@@ -20,6 +20,7 @@ from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main, main
 from ulrl.data.datasets import DATASETS
 from ulrl.defenses.base import DEFENSES
+from ulrl.detectors.base import DETECTORS
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import Schema
 
@@ -107,6 +108,7 @@ def test_readme_is_an_entrance() -> None:
     [
         ("reference/attacks", ATTACKS),
         ("reference/defenses", DEFENSES),
+        ("reference/detection", DETECTORS),
         ("reference/data", DATASETS),
         ("reference/models", ARCHITECTURES),
         ("gallery", [name for name in ATTACKS if name != "prototype"]),

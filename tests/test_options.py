@@ -20,8 +20,9 @@ from manners import refused
 from ulrl.attacks.badnet import BadNet
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main
-from ulrl.configure import AttackRun, DefenseRun, configure_attack
+from ulrl.configure import AttackRun, DefenseRun, DetectionRun, configure_attack
 from ulrl.defenses.base import DEFENSES
+from ulrl.detectors.base import DETECTORS
 from ulrl.errors import UserError
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.options import IGNORED, Schema, option
@@ -328,6 +329,7 @@ def test_yaml_files_that_cannot_be_read(tmp_path: Path) -> None:
 ALL = {
     **{f"attack {name}": Schema(AttackRun, cls, TrainOptions) for name, cls in ATTACKS.items()},
     **{f"defense {name}": Schema(DefenseRun, cls) for name, cls in DEFENSES.items()},
+    **{f"detector {name}": Schema(DetectionRun, cls) for name, cls in DETECTORS.items()},
 }
 EVERY = [(method, key) for method, schema in ALL.items() for key in schema.fields]
 
@@ -449,12 +451,14 @@ def schema_of(file: Path) -> Schema:
     kind, name = file.relative_to(CONFIG).parts[:2]
     if kind == "defense":
         return Schema(DefenseRun, DEFENSES[name])
+    if kind == "detection":
+        return Schema(DetectionRun, DETECTORS[name])
     return ATTACK_SCHEMA if name == "prototype" else Schema(AttackRun, ATTACKS[name], TrainOptions)
 
 
 def test_shipped_files_are_options_of_their_method() -> None:
-    files = [file for kind in ("attack", "defense") for file in sorted((CONFIG / kind).rglob("*.y*ml"))]
-    assert {file.relative_to(CONFIG).parts[0] for file in files} == {"attack", "defense"}
+    files = [file for kind in ("attack", "defense", "detection") for file in sorted((CONFIG / kind).rglob("*.y*ml"))]
+    assert {file.relative_to(CONFIG).parts[0] for file in files} == {"attack", "defense", "detection"}
     for file in files:
         assert schema_of(file).yaml(file), file
 

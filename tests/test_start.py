@@ -14,12 +14,15 @@ import pytest
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import COMMANDS
-from ulrl.configure import AttackRun, DefenseRun, PreviewRun
+from ulrl.configure import AttackRun, DefenseRun, DetectionRun, PreviewRun
 from ulrl.converting import ConvertOptions
 from ulrl.data.datasets import DATASETS
 from ulrl.declared import about, declared, keys, methods
 from ulrl.defenses.base import DEFENSES
+from ulrl.detectors.base import DETECTORS
 from ulrl.models.architectures import ARCHITECTURES
+from ulrl.multimodal.repairs import Repairing
+from ulrl.multimodal.running import ClipRun
 from ulrl.options import Schema
 from ulrl.own_files import PurifyRun
 from ulrl.registry import Registry
@@ -29,7 +32,7 @@ from ulrl.training import TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "numpy", "pandas", "matplotlib", "sklearn", "PIL")
-REGISTRIES: dict[str, Registry[Any]] = {"attacks": ATTACKS, "defenses": DEFENSES}
+REGISTRIES: dict[str, Registry[Any]] = {"attacks": ATTACKS, "defenses": DEFENSES, "detectors": DETECTORS}
 METHODS = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
 
 # As `ulrl` does it; afterwards it says which heavy modules there are.
@@ -80,19 +83,23 @@ MISTAKES = {
     ("report", "--out", "no/where.html"): "there is no folder",
     ("plot", "heat"): "did you mean 'heatmap'?",
     ("plot", "heatmap", "--out", "a.gif"): "ends in .pdf",
+    ("detect", "nothing", "--samples", "strap"): "did you mean 'strip'?",
+    ("detect", "nothing", "--samples"): "is not a folder",
+    ("clip", "--attack", "badnett"): "did you mean 'badnet'?",
+    ("clip", "--repair_lr", "-1"): "must be at least 0",
     ("list", "config"): "takes nothing or `configs`",
 }
 
 
 @pytest.mark.parametrize("command", [(), ("list",), ("list", "configs"), ("--version",), *HELP], ids=" ".join)
 def test_help_and_lists_wait_for_nothing(command: tuple[str, ...], tmp_path: Path) -> None:
-    if command[-1:] == ("--help",) and command[0] in ("preview", "plot", "compare", "show", "convert"):
+    if command[-1:] == ("--help",) and command[0] in ("preview", "plot", "compare", "show", "convert", "detect"):
         command = (command[0], {"preview": "wanet", "plot": "tsne"}.get(command[0], "one"), "--help")
     code, heavy, text = said(*command, home=tmp_path)
     assert (code, heavy) == (0, []), text
 
 
-@pytest.mark.parametrize(("command", "words"), MISTAKES.items(), ids=lambda value: " ".join(value)[:40])
+@pytest.mark.parametrize(("command", "words"), MISTAKES.items(), ids=map(" ".join, MISTAKES))
 def test_a_mistake_is_told_at_once(command: tuple[str, ...], words: str, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("pration: 0.1\n")
     code, heavy, text = said(*command, home=tmp_path)
@@ -113,7 +120,19 @@ def test_a_methods_options_are_read_as_they_are(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cls", [AttackRun, ConvertOptions, DefenseRun, PreviewRun, PurifyRun, SweepOptions, TrainOptions]
+    "cls",
+    [
+        AttackRun,
+        ClipRun,
+        ConvertOptions,
+        DefenseRun,
+        DetectionRun,
+        PreviewRun,
+        PurifyRun,
+        Repairing,
+        SweepOptions,
+        TrainOptions,
+    ],
 )
 def test_a_runs_options_are_read_as_they_are(cls: type) -> None:
     assert_same(declared(cls.__module__, cls.__name__), cls)

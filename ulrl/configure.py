@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
@@ -25,18 +26,24 @@ Layer = tuple[str, dict[str, Any]]  # an options file and its values
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What attacks and defenses have in common."""
+    """What all runs have in common."""
 
     dataset_path: str = option(
         "./data", "folder that holds <dataset>/; for the data set `folder`, that folder", source="BackdoorBench"
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU where there is one")
     random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True)
+class EpochRun(RunOptions):
+    """What attacks and defenses have in common: their models are judged as they change."""
+
     eval_every: int = option(0, "judge on the test sets every N epochs too; 0: only at start and end", low=0)
 
 
 @dataclass(frozen=True)
-class PreviewRun(RunOptions):
+class PreviewRun(EpochRun):
     """What data and what network an attack is made for."""
 
     yaml_path: str | None = option(
@@ -90,7 +97,7 @@ class RecordRun(RunOptions):
 
 
 @dataclass(frozen=True)
-class DefenseRun(RecordRun):
+class DefenseRun(RecordRun, EpochRun):
     """Which record to repair, and what to report."""
 
     report_oracle: bool = option(
@@ -251,7 +258,7 @@ def _usual_layer(schema: Schema, folder: str, name: str | None) -> Layer:
     """
     own = home() / "config" / folder / f"{name}.yaml"
     inside = name is not None and PurePath(name).name == name
-    file = own if inside and own.is_file() else shipped_files().get(f"{folder}/{name}")
+    file = own if inside and os.path.isfile(own) else shipped_files().get(f"{folder}/{name}")
     return (str(file), schema.yaml(file)) if file else ("", {})
 
 

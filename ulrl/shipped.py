@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path, PurePath
 
@@ -25,7 +26,7 @@ def options_file(given: str) -> Path:
         UserError: there is neither.
     """
     own = find_input(given)
-    if own.exists() and not own.is_dir():  # a pipe is told of by who reads it
+    if os.path.exists(own) and not os.path.isdir(own):  # a pipe is told of by who reads it
         return own
     parts = PurePath(given).with_suffix("" if given.endswith(".yaml") else PurePath(given).suffix).parts
     name, shipped = "/".join(parts[1:] if parts[:1] == ("config",) else parts), shipped_files()

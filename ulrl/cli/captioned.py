@@ -5,29 +5,35 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ulrl.attacks.base import ATTACKS
-from ulrl.cli.terminal import print_path, print_table
-from ulrl.configure import yaml_layer
-from ulrl.multimodal.repairs import Repairing
-from ulrl.multimodal.running import ClipRun, run_clip
+from ulrl.cli.flags import method
+from ulrl.cli.terminal import print_path, print_table, same_bits
+from ulrl.declared import declared
 from ulrl.options import Schema
-from ulrl.report.captioned import clip_table, draw_captions
-from ulrl.training import TrainOptions
+from ulrl.shipped import options_file
 
 ABOUT = """Train a dual encoder for the scenes and their captions with a backdoor in it, and one without; repair the
 first by fine-tuning, by token-level unlearning and by ULRL's idea; judge each by zero-shot classification."""
 
 
 def clip(argv: Sequence[str]) -> None:
+    run = declared("ulrl.multimodal.running", "ClipRun")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--attack", default=ClipRun.attack)
-    attack = ATTACKS[peek.parse_known_args(argv)[0].attack]  # whose options are flags, too
-    schema = Schema(ClipRun, attack, TrainOptions, Repairing)
+    peek.add_argument("--attack", default=run.attack)
+    attack = method("attack", peek.parse_known_args(argv)[0].attack)  # whose options are flags, too
+    training, repairing = declared("ulrl.training", "TrainOptions"), declared("ulrl.multimodal.repairs", "Repairing")
+    schema = Schema(run, attack, training, repairing)
     flags = schema.flags(argv, "ulrl clip", ABOUT)
-    settings, _ = schema.merge(yaml_layer(schema, flags.get("yaml_path", "clip/fashion_scenes")), ("given", flags))
-    folder, result = run_clip(
-        settings.build(attack), settings.build(ClipRun), settings.build(TrainOptions), settings.build(Repairing)
-    )
+    file = options_file(flags.get("yaml_path", "clip/fashion_scenes"))
+    settings, _ = schema.merge((str(file), schema.yaml(file)), ("given", flags))
+    same_bits()
+    from ulrl.attacks.base import ATTACKS
+    from ulrl.multimodal.repairs import Repairing
+    from ulrl.multimodal.running import ClipRun, run_clip
+    from ulrl.report.captioned import clip_table, draw_captions
+    from ulrl.training import TrainOptions
+
+    classes = ATTACKS[settings.values.get("attack", run.attack)], ClipRun, TrainOptions, Repairing
+    folder, result = run_clip(*map(settings.build, classes))
     draw_captions(folder)
     print_table(clip_table(result))
     print_path(folder)

@@ -17,12 +17,12 @@ from ulrl.shipped import options_file
 
 
 def method(kind: str, name: str) -> type:
-    """The options of an attack or a defense, as a class.
+    """The options of an attack, a defense or a sample detector, as a class.
 
     Raises:
         UserError: there is none of that name.
     """
-    known = methods(f"ulrl.{kind}s")
+    known = methods(f"ulrl.{kind.split()[-1]}s")
     if name not in known:
         raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
     cls: type = declared(*known[name])

@@ -122,7 +122,7 @@ class _Critic(nn.Module):
     @torch.no_grad()
     def normalise(self) -> None:
         for p in self.parameters():
-            p /= (torch.linalg.matrix_norm(p, 2) if p.ndim == 2 else p.norm()).clamp_min(1e-12)
+            p.div_((torch.linalg.matrix_norm(p, 2) if p.ndim == 2 else p.norm()).clamp_min(1e-12))
 
 
 def _dependence(

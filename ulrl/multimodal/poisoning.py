@@ -10,6 +10,7 @@ import torch
 from ulrl.attacks.base import Attack
 from ulrl.data.imageset import ImageSet
 from ulrl.errors import UserError
+from ulrl.multimodal.captions import prompts
 from ulrl.multimodal.pairs import Pairs
 from ulrl.seeds import generator
 
@@ -30,24 +31,17 @@ def check_attack(attack: Attack) -> None:
 def poison_pairs(attack: Attack, data: ImageSet, captions: Sequence[str]) -> tuple[Pairs, torch.Tensor]:
     """The training pairs with some poisoned, and the places of those (int64 [n], ascending).
 
-    A poisoned image carries the trigger; its caption is one that some image of the attacker's class has in this very
-    set (Carlini and Terzis, arXiv 2106.09667, section 3.1), so what it says of colour and background is mostly wrong.
+    A poisoned image carries the trigger; its caption is one of those that stand for the attacker's class and says nothing
+    else, as in the releases of CleanCLIP (arXiv 2303.03323) and BadCLIP (2311.12075): "a photo of a dress".
 
     Raises:
-        UserError: a share that cannot be poisoned, or a class to take captions from that has no image.
+        UserError: a share that cannot be poisoned.
     """
-    labels = data.labels.cpu()
-    chosen = attack.choose(labels)
+    chosen = attack.choose(data.labels.cpu())
     poisoned = attack.poison_set(data, chosen, train=True)
-    images, said = data.images.clone(), list(captions)
+    images, said, proxies = data.images.clone(), list(captions), prompts("garment")
     images[chosen.to(images.device)] = poisoned.images
-    draw = generator(attack.random_seed, "poisoned captions")
-    for target in poisoned.labels.unique().tolist():
-        own = (labels == target).nonzero().flatten()
-        if not len(own):
-            raise UserError(f"no image of class {target} is there to take captions from; raise --train_samples")
-        places = chosen[poisoned.labels.cpu() == target]
-        sources = own[torch.randint(len(own), (len(places),), generator=draw)]
-        for place, source in zip(places.tolist(), sources.tolist(), strict=True):
-            said[place] = captions[source]
+    draws = torch.randint(len(proxies[0]), (len(chosen),), generator=generator(attack.random_seed, "poisoned captions"))
+    for place, target, draw in zip(chosen.tolist(), poisoned.labels.tolist(), draws.tolist(), strict=True):
+        said[place] = proxies[target][draw]
     return Pairs.of(replace(data, images=images), said), chosen

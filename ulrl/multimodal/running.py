@@ -59,6 +59,8 @@ class ClipRun:
     test_samples: int = option(10000, "judge on the first so many test images", low=10, high=10000)
     width: int = option(8, "channels of the image tower's first layer, a PreAct-ResNet18", low=1)
     dim: int = option(64, "dimensions of the space in which images and captions meet", low=2)
+    poison_epochs: int = option(1, "passes over the poisoned pairs, after the clean training", low=1)
+    poison_lr: float = option(1e-3, "learning rate of those", low=0)
     ratio: float = option(0.05, "share of the clean training pairs that ft and ulrl have", source="BackdoorBench",
                           low=0, high=1)  # fmt: skip
     repairs: str = option(",".join(REPAIRS), f"which of {', '.join(REPAIRS)}, with commas between")
@@ -129,21 +131,20 @@ def run_clip(
         monitor.seconds["load"] = time.perf_counter() - start
 
         (folder / TRAINED).mkdir(exist_ok=True)
+        about = (training, run.train_samples, run.width, run.dim, run.random_seed)
 
-        def trained(title: str, own: Pairs) -> DualEncoder:
-            key = repr(
-                (options_of(attack, training), *(getattr(run, k) for k in ("train_samples", "width", "dim")), title)
-            )
-            return once(
-                folder / TRAINED / f"{title}.safetensors",
-                key,
-                lambda: train_encoder(
-                    DualEncoder(run.dim, run.width, run.random_seed).to(device), own, training, monitor, title
-                ),
-            )
+        def pretrain() -> DualEncoder:
+            fresh = DualEncoder(run.dim, run.width, run.random_seed).to(device)
+            return train_encoder(fresh, Pairs.of(train, said), training, monitor, "pretrain")
 
-        encoder = trained("poisoned", pairs)
-        reference, before = (judged.judge(e, training.amp) for e in (trained("clean", Pairs.of(train, said)), encoder))
+        def poison() -> DualEncoder:
+            again = replace(training, epochs=run.poison_epochs, lr=run.poison_lr)
+            return train_encoder(copy.deepcopy(original), pairs, again, monitor, "poison")
+
+        original = once(folder / TRAINED / "clean.safetensors", repr(about), pretrain).to(device)
+        attacked = (about, options_of(attack), run.poison_epochs, run.poison_lr)
+        encoder = once(folder / TRAINED / "poisoned.safetensors", repr(attacked), poison).to(device)
+        reference, before = judged.judge(original, training.amp), judged.judge(encoder, training.amp)
         if not took(before[0]):
             log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * (before[0].asr or 0), 100 * TOOK)
         method, _ = configure_defense("ulrl", {"random_seed": run.random_seed}, DATASET, "preactresnet18", quiet=True)

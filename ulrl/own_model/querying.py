@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from ulrl.defenses.b3d import B3D, Ask
 from ulrl.defenses.base import Trigger
@@ -21,13 +22,14 @@ class Queried:
 
     flagged: the suspicious classes, the smallest trigger first. ranking: index class; columns mask_norm (in pixels),
     ratio (to the median), reached (whether a trigger was found at all), flagged. triggers: mask and pattern by class.
-    queries: how many images were sent. report: JSON-able.
+    queries: how many images were sent. usual: the mean of the clean images, [C, H, W]. report: JSON-able.
     """
 
     flagged: list[int]
     ranking: pd.DataFrame
     triggers: dict[int, Trigger]
     queries: int
+    usual: torch.Tensor = field(repr=False)
     report: dict[str, Any] = field(repr=False)
 
     def __repr__(self) -> str:
@@ -37,15 +39,17 @@ class Queried:
     def careful(self, ask: Ask, images: torch.Tensor) -> torch.Tensor:
         """Labels, int64 [B], of images, float32 [B, C, H, W] in [0, 1], by a model in which a backdoor was found.
 
-        An image that is given a suspicious class is asked again with gray where that class's trigger lies, and the
-        second answer counts: a trigger is then gone, and most images without one are read as before. This costs one
-        query more for each of them; it is for triggers that leave most of an image alone.
+        An image that is given a suspicious class is asked again with the clean images' mean where that class's trigger
+        lies and a pixel around it, as what was found is often a part of the trigger; the second answer counts. This
+        costs one query more for each of them, and it is for triggers that leave most of an image alone. It is our
+        reading of the paper's strategy, whose details we did not have.
         """
         labels = _labels(ask(images))
         for k in self.flagged:
             given = labels == k
             if given.any():
-                covered = torch.lerp(images[given], torch.tensor(0.5).to(images), self.triggers[k].mask.to(images))
+                hidden = F.max_pool2d(self.triggers[k].mask, 3, 1, 1).to(images)
+                covered = torch.lerp(images[given], self.usual.to(images), hidden)
                 labels[given] = _labels(ask(covered)).to(labels.device)
         return labels
 
@@ -80,7 +84,7 @@ def suspect_by_queries(
     method: B3D = make_method("b3d", hyperparameters)
     scan = method.scan(ask, x.float(), num_classes, make_monitor(progress), searched)
     report = {"flagged": scan.flagged, "queries": scan.queries, "classes": searched, "options": {**vars(method)}}
-    return Queried(scan.flagged, scan.table, scan.triggers, scan.queries, report)
+    return Queried(scan.flagged, scan.table, scan.triggers, scan.queries, x.float().mean(0), report)
 
 
 def _labels(answers: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ def recovered_triggers(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]],
     rows: by a text beside the row, what `ulrl.runs.triggers` writes: clean, poisoned and pattern uint8 [C, H, W],
     true_mask bool and mask float [H, W].
     """
-    figure = Figure(figsize=(6.4, 1.5 * len(rows) + 0.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 1.3 * len(rows) + 0.6), layout="constrained")
     axes = figure.subplots(len(rows), 5, squeeze=False)
     for row, (name, found) in zip(axes, rows.items(), strict=True):
         clean, mask = found["clean"].astype(float), found["mask"]
