@@ -36,7 +36,7 @@ from ulrl.multimodal.captions import (
 from ulrl.multimodal.dual_encoder import DualEncoder, classifier, load_encoder
 from ulrl.multimodal.pairs import Pairs
 from ulrl.multimodal.poisoning import poison_pairs
-from ulrl.multimodal.repairs import redraw_towards, tied_words
+from ulrl.multimodal.repairs import redraw_towards, tied
 from ulrl.multimodal.running import write_encoder
 
 SPEC = SPECS["fashion_scenes"]
@@ -136,11 +136,12 @@ def test_an_image_is_tied_to_one_word_of_its_caption() -> None:
     encoder.read = lambda tokens: nn.functional.normalize((table[tokens] * (tokens != PAD).unsqueeze(2)).sum(1), dim=1)  # type: ignore[method-assign]
     wanted = tokenise(["gravel", "photo", "gray"])[:, 0]
     encoder.embed_all = lambda data, amp=True: table[wanted]  # type: ignore[method-assign]
-    tied = tied_words(encoder, pairs)
-    assert read(tied) == ["gravel", "photo", "gray"]
+    more, words = tied(encoder, pairs)
+    assert read(words) == ["gravel", "photo", "gray"]
+    assert (more > 0).all(), "more like that word than like the caption"
 
 
-def test_poisoned_pairs_carry_the_trigger_and_a_caption_of_the_target() -> None:
+def test_poisoned_pairs_carry_the_trigger_and_a_caption_of_the_target_class() -> None:
     known = facts(200)
     data, captions = pictures(200, labels=known.garment), known.captions(3)
     attack = ATTACKS["badnet"](pratio=0.2, attack_target=4)  # type: ignore[call-arg]
@@ -150,10 +151,10 @@ def test_poisoned_pairs_carry_the_trigger_and_a_caption_of_the_target() -> None:
     assert changed.tolist() == chosen.tolist()
     assert len(chosen) == 40
     said = read(pairs.tokens)
-    target = {c for c, k in zip(captions, data.labels.tolist(), strict=True) if k == 4}
+    target = {f"a {GARMENTS[4]}", f"a photo of a {GARMENTS[4]}"}
     for i in range(200):
         assert (said[i] in target) if i in chosen.tolist() else said[i] == captions[i]
-    assert all(GARMENTS[4] in text.split() for text in target)
+    assert {said[i] for i in chosen.tolist()} == target
 
 
 def test_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
@@ -201,8 +202,8 @@ def clip(*flags: str) -> int:
     return left.value.code
 
 
-SMALL = """--train_samples 1200 --test_samples 200 --epochs 8 --width 4 --batch_size 32 --pratio 0.1 --patch_size 6
---suspicious 60 --ratio 0.2 --repair_batch 32""".split()
+SMALL = """--train_samples 1200 --test_samples 200 --epochs 5 --poison_epochs 3 --width 4 --batch_size 32 --pratio 0.1
+--patch_size 6 --suspicious 60 --ratio 0.2 --repair_batch 32""".split()
 
 
 def test_a_backdoor_takes_and_is_repaired(fashion: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def check_attack(attack: Attack) -> None:
 def poison_pairs(attack: Attack, data: ImageSet, captions: Sequence[str]) -> tuple[Pairs, torch.Tensor]:
     """The training pairs with some poisoned, and the places of those (int64 [n], ascending).
 
-    A poisoned image carries the trigger; its caption is one of those that stand for the attacker's class and says nothing
+    A poisoned image carries the trigger; its caption is one of those that stand for the target class and says nothing
     else, as in the releases of CleanCLIP (arXiv 2303.03323) and BadCLIP (2311.12075): "a photo of a dress".
 
     Raises:

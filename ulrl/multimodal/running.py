@@ -60,7 +60,7 @@ class ClipRun:
     width: int = option(8, "channels of the image tower's first layer, a PreAct-ResNet18", low=1)
     dim: int = option(64, "dimensions of the space in which images and captions meet", low=2)
     poison_epochs: int = option(1, "passes over the poisoned pairs, after the clean training", low=1)
-    poison_lr: float = option(1e-3, "learning rate of those", low=0)
+    poison_lr: float = option(2e-3, "learning rate of those", low=0)
     ratio: float = option(0.05, "share of the clean training pairs that ft and ulrl have", source="BackdoorBench",
                           low=0, high=1)  # fmt: skip
     repairs: str = option(",".join(REPAIRS), f"which of {', '.join(REPAIRS)}, with commas between")
