@@ -65,7 +65,7 @@ class Harden(FineTuning):
     excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
     restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
-    hold_weight: float = option(1.5, "weight of corrupted images in restoring, where there was an excess", low=0)
+    hold_weight: float = option(2.0, "weight of corrupted images in restoring, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
