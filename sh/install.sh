@@ -42,7 +42,7 @@ fi
 rm -f .venv/installed-* .venv/pip.log
 
 pip() {
-    .venv/bin/python -m pip --quiet --progress-bar off --disable-pip-version-check --log .venv/pip.log install "$@" 2>.venv/pip.err
+    .venv/bin/python -m pip install --quiet --progress-bar off --disable-pip-version-check --log .venv/pip.log "$@" 2>.venv/pip.err
 }
 
 pip_install() { # what is said, then pip's arguments
