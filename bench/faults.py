@@ -406,7 +406,7 @@ def stops(lab: Lab, what: str) -> None:
                     lost.append(f"left with {code}: {last} (after {moment:.1f} s of a processor)")
             else:
                 process.end()
-            lost += compared(home, before, before)
+            lost += compared(home, before, lab.undisturbed("cache")[0] if what == "purify" else before)
             lost += [f"{path} is left" for path in home.rglob(".*.partial")]
             shutil.rmtree(home)
         lost += [f"took {cpu:.1f} s of a processor" for _, cpu in took if cpu > 2]

@@ -45,7 +45,7 @@ from ulrl.errors import UserError  # noqa: E402
 from ulrl.record import load_record  # noqa: E402
 from ulrl.report.page import render  # noqa: E402
 from ulrl.report.results import find_runs  # noqa: E402
-from ulrl.runs.defending import _clean_index  # noqa: E402
+from ulrl.runs.given import clean_index  # noqa: E402
 from ulrl.sweep.grid import read_sweep  # noqa: E402
 from ulrl.untrusted.images import opened_image, read_png  # noqa: E402
 from ulrl.untrusted.reader import process  # noqa: E402
@@ -145,7 +145,7 @@ def seeds(folder: Path) -> dict[str, list[tuple[bytes, str, Read]]]:
         "sweep file": [(y, ".yaml", from_file(lambda f: read_sweep(str(f)))) for y in sweeps],
         "result, up to the page": [(result, ".json", result_with)],
         "ranking (CSV), up to the page": [(table, ".csv", result_with)],
-        "index file": [(b"0 1 2 17\n99\n", ".txt", from_file(lambda f: _clean_index(DefenseRun(index=str(f)), 100)))],
+        "index file": [(b"0 1 2 17\n99\n", ".txt", from_file(lambda f: clean_index(DefenseRun(index=str(f)), 100)))],
         "cached array": [(array.getvalue(), ".npy", from_file(lambda f: _map(f, (2, 3, 4))))],
         "image": [(p, f".{form.lower()}", from_file(decoded)) for p, form in pictures],
         "PNG of a record": [(p, ".png", from_file(lambda f: read_png(f, (6, 5), inside, gray=False)))

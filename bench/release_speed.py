@@ -1,4 +1,4 @@
-"""Whole runs against the releases:  python bench/release_speed.py --ulrl DIR --backdoorbench DIR --fst DIR
+"""Whole runs against the releases, for bench/speed.py.
 
 Each is a checkout of theirs, whose code is run as it is, from a temporary folder. There a data set in
 CIFAR-10's files (50,000 training images, but few test images; noise over a colour per class) and one BadNets
@@ -21,16 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
-import torch
 import yaml
-
-from ulrl.machine import has_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,7 +155,8 @@ def run(scratch: Path, script: Path, *flags: str, folder: str = "") -> Spent:
     return Spent(wall, cpu, sum(map(float, epochs)))
 
 
-def compare(scratch: Path, checkout: Path, method: str, epochs: int) -> None:
+def compare(scratch: Path, checkout: Path, method: str, epochs: int) -> Iterator[tuple[str, str, float]]:
+    """What was timed, and their seconds over ours."""
     m = METHODS[method]
     values = {"epochs": epochs, "steps": 4 * epochs, "before_last": epochs - 1, "method": method, "checkout": checkout}
     common = "--result_file badnet --batch_size 128"
@@ -168,42 +165,37 @@ def compare(scratch: Path, checkout: Path, method: str, epochs: int) -> None:
     ours = ours._replace(epochs=sum(result["seconds"].get(stage, 0.0) for stage in TRAINING))
     flags = f"{m.common} {m.ours if m.theirs is None else m.theirs}".format(**values).split()
     theirs = run(scratch, checkout / m.script.format(**values), *flags, folder=m.folder)
-    print(method)
     names = "end to end", "end to end, of CPU", "training epochs alone"
     for name, a, b in zip(names, ours, theirs, strict=True):
         if min(a, b) > 0:  # not all report their epochs
-            print(f"  {name:22}  ulrl {a:6.1f} s   theirs {b:6.1f} s   ratio {b / a:5.2f}", flush=True)
+            yield method, f"{name}: {a:.1f} s to {b:.1f}", b / a
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ulrl", type=Path, help="checkout of the released ULRL")
     parser.add_argument("--fst", type=Path, help="checkout of the released FST")
     parser.add_argument("--backdoorbench", type=Path, help="checkout of BackdoorBench with TSBD's two files in it")
     parser.add_argument("--epochs", type=int, default=1, help="of each stage; ULRL's own is 20")
     parser.add_argument("--test_images", type=int, default=1000, help="CIFAR-10's own are 10,000")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    args = parser.parse_args()
-    checkouts = {m: vars(args)[METHODS[m].checkout] for m in args.methods}
+
+
+def compared(args: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
+    """Each method whose release's checkout is named."""
+    checkouts = {m: where for m in args.methods if (where := vars(args)[METHODS[m].checkout])}
+    if not checkouts:
+        return
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "launch.py").write_text(LAUNCHER.format(root=str(ROOT)))
         write_cifar10(scratch / "data" / "cifar10" / "cifar-10-batches-py", args.test_images)
         learning = "--train_samples 512 --epochs 2 --lr 0.05 --save_folder_name badnet".split()
         run(scratch, ROOT / "attack" / "badnet.py", *learning)
-        cpu = torch.device("cpu")
-        print(f"cpu, {torch.get_num_threads()} threads, bf16 {has_bf16(cpu)}, torch {torch.__version__}, ", end="")
-        print(f"{args.epochs} epochs of each stage, {args.test_images} test images", flush=True)
         (scratch / FST_RECORD).parent.mkdir(parents=True)
         (scratch / FST_RECORD).symlink_to(scratch / "record" / "badnet")
         (scratch / "fine_tune").mkdir()
-        if checkouts.get("tsbd"):
+        if "tsbd" in checkouts:
             config = yaml.safe_load((checkouts["tsbd"] / "config" / "defense" / "tsbd" / "config.yaml").read_text())
             (scratch / "tsbd.yaml").write_text(yaml.safe_dump({**config, "ratio": 0.002}))
         for method, checkout in checkouts.items():
-            if checkout:
-                compare(scratch, checkout.resolve(), method, args.epochs)
-
-
-if __name__ == "__main__":
-    main()
+            yield from compare(scratch, checkout.resolve(), method, args.epochs)

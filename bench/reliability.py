@@ -34,6 +34,15 @@ DOORS = (
 )  # fmt: skip
 
 
+RUNS, STOPPED = "attack defense sweep compare cache", "attack defense sweep compare purify report"
+FAULTS = {  # of bench/faults.py, and the commands that each is for
+    "SIGKILL at a random moment": RUNS, "disk full (tmpfs)": RUNS, "read-only folder": RUNS,
+    "2 writers at once": RUNS, "8 writers at once": RUNS, "clock and file times moved": RUNS,
+    "SIGINT at a random moment": STOPPED, "SIGTERM at a random moment": STOPPED,
+    "Ray's worker killed in a job": "sweep", "SIGTERM of a sweep on Ray": "sweep",
+}  # fmt: skip
+
+
 def measure() -> dict[str, Any]:
     """Seconds to read a ResNet-18 (45 MB) by us and by torch, medians of nine, in turns."""
     import torch
@@ -114,13 +123,17 @@ def fault_lines(faults: Any) -> list[str]:
         return ["They have not been run yet."]
     times, lost = (sum(row[key] for row in faults) for key in ("times", "lost"))
     order = {fault: i for i, fault in enumerate(dict.fromkeys(row["fault"] for row in faults))}
+    done = {(row["fault"], row["command"]) for row in faults}
+    absent = {f: [c for c in commands.split() if (f, c) not in done] for f, commands in FAULTS.items()}
+    missing = [f"{fault} ({', '.join(commands)})" for fault, commands in absent.items() if commands]
     rows = sorted(faults, key=lambda row: order[row["fault"]])
     return [
         f"`bench/faults.py`, {times} faults, {lost} losses. After each, every run that had ended has its checksum of before",
-        "or that of an undisturbed run, nothing is half-written under a final name, and the command, run again, comes to",
-        "the bits of an undisturbed run with no temporary file left.", "",
+        "or that of an undisturbed run, nothing is half-written under a final name; after all but the stops the command",
+        "is run again and comes to the bits of an undisturbed run with no temporary file left.", "",
         "| fault | command | times | lost | |", "|---|---|---|---|---|",
         *(f"| {r['fault']} | {r['command']} | {r['times']} | {r['lost']} | {r['note']} |" for r in rows), "",
+        *(["**Not run yet**: " + "; ".join(missing) + ".", ""] if missing else []),
         "A kill between two renames, a few microseconds, leaves a replaced folder under a hidden name, and the next run of",
         "that name brings it back; a kill after a run's last file and before its pictures leaves it without them.",
     ]  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import pages
+from bench import pages, speed
+from bench.idle import idle_jobs
 from bench.pages import cell, interval, write_block
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
@@ -20,6 +23,8 @@ from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
+from ulrl.sweep import scheduler
+from ulrl.sweep.jobs import State
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in pages.FOLDER.glob("*.py")))
@@ -181,3 +186,42 @@ def test_what_is_judged_is_not_what_the_attacker_works_with(material: Material) 
     made_on, judged = set(material.made_on.original_indices.tolist()), set(material.judged.original_indices.tolist())
     assert not made_on & judged
     assert len(made_on | judged) == 64
+
+
+def test_the_speed_table_has_lines_for_each_part() -> None:
+    """Small; what `--profile gpu` does is the same on a CPU. Starting has tests of its own."""
+    tiny = replace(speed.PROFILES["smoke"], rounds=1, jobs=20, files=100)
+    lines = [line for part in speed.PARTS if part is not speed.start for line in part(tiny)]
+    assert len(lines) == 13
+    for line in lines:
+        assert len(line.values) == 1
+        assert min(line.values) > 0 or "folder" in line.name
+        assert str(line).startswith(line.name)
+
+
+def test_a_sweeps_share_does_not_grow_with_its_jobs() -> None:
+    """By calls, as time would hang on the machine: each job costs a few looks at files, however many there are."""
+    looks: list[int] = []
+    for count in (100, 400):
+        calls = 0
+
+        def count_call(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        board_jobs = idle_jobs(count)
+        states = {job.name: State.QUEUED for job in board_jobs}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scheduler, "state", lambda job: State.DONE)
+            sys.setprofile(count_call)
+            try:
+                board = scheduler.Board(board_jobs, states)
+                while board.left:
+                    for queue in list(board.ready.values()):
+                        while queue:
+                            board.look(board.taken(queue.popleft()))
+            finally:
+                sys.setprofile(None)
+        looks.append(calls // count)
+    assert set(states.values()) == {State.DONE}
+    assert looks[0] == looks[1]

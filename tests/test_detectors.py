@@ -34,7 +34,6 @@ CONFIG = Path(__file__).parent.parent / "config" / "detection"
 EXPECTED = {
     "ac": ("seldom", 0.6),
     "cd": ("often", 0.65),
-    "ebyd": ("often", 0.55),
     "ibd-psc": ("often", 0.7),
     "rnp": ("often", 0.8),
     "scale-up": ("often", 0.4),
@@ -73,7 +72,7 @@ def test_every_detector_has_a_row() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_detector_finds_the_poisoned_images(name: str, records: dict[str, Record]) -> None:
     record, least = records[EXPECTED[name][0]], EXPECTED[name][1]
-    brief = {"images": 300} if name in ("cd", "ebyd") else {}
+    brief = {"images": 300} if name == "cd" else {}
     detector, run = configured(name, **brief)
     handed: list[tuple[ImageSet, ImageSet]] = []
     cls = type(detector)

@@ -207,7 +207,7 @@ def test_two_sweeps_at_once_share_the_jobs(shared_home: Path, engine: LocalEngin
 def test_status_tells_who_runs_what_and_the_time_left(shared_home: Path) -> None:
     jobs = study(1, 3, 0)
     nothing = {job.name: State.QUEUED for job in jobs}
-    assert Clock(jobs, nothing).left(nothing, 1) is None
+    assert Clock(jobs, nothing).left(1) is None
     for job in jobs[:2]:
         job.folder.mkdir(parents=True)
         (job.folder / "result.json").write_text('{"seconds": {"total": 100}}')

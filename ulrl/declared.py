@@ -39,7 +39,8 @@ def methods(package: str) -> dict[str, tuple[str, str]]:
 
 def about(module: str) -> str:
     """The docstring of a module."""
-    return ast.get_docstring(_module(module).tree) or ""
+    before_imports = _file(module).read_text(encoding="utf-8").partition("\nfrom __future__")[0]  # quicker to parse
+    return ast.get_docstring(ast.parse(before_imports)) or ""
 
 
 def keys(module: str, name: str) -> list[str]:
@@ -51,10 +52,9 @@ def keys(module: str, name: str) -> list[str]:
 
 class _Module:
     def __init__(self, name: str) -> None:
-        self.tree = ast.parse(_file(name).read_text(encoding="utf-8"))
         self.nodes: dict[str, ast.stmt | ast.expr] = {}  # what each name is bound to
         self._values: dict[str, Any] = {}
-        for node in self.tree.body:
+        for node in ast.parse(_file(name).read_text(encoding="utf-8")).body:
             match node:
                 case ast.ImportFrom():
                     self.nodes |= {alias.asname or alias.name: node for alias in node.names}

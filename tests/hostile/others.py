@@ -286,7 +286,7 @@ def options() -> Iterator[Case]:
         ("an index that is a folder", [*REPAIR, "--index", "record"], "index"),
         ("a data set path of NUL", [*REPAIR, "--dataset_path", "a\0b"], "dataset_path"),
     ):
-        yield Case(f"{name}", nothing, argv, (word,))
+        yield Case(f"{name}", nothing, argv, (word,), slow=name == "an index that is a folder")
     for name, content in (("half a gigabyte of digits", None), ("a number of 10,000 digits", "9" * 10_000),
                           ("200,000 lines", "1\n" * 200_000), ("an escape code", "\x1b[2J")):  # fmt: skip
 
@@ -296,7 +296,8 @@ def options() -> Iterator[Case]:
             else:
                 put(place.home / "index.txt", content)
 
-        yield Case(f"an index of {name}", plant, [*REPAIR, "--index", "index.txt"], ("index.txt",))
+        yield Case(f"an index of {name}", plant, [*REPAIR, "--index", "index.txt"], ("index.txt",),
+                   slow=name in ("a number of 10,000 digits", "200,000 lines"))  # fmt: skip
     yield Case("an index that is a pipe", lambda p: os.mkfifo(p.home / "index.txt"), [*REPAIR, "--index", "index.txt"],
                ("index.txt",))  # fmt: skip
     yield Case("inspect says it of a program", lambda p: pickles.rewritten(p.result, lambda _: pickles.call("os.system", p.canary)),

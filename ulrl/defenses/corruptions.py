@@ -183,8 +183,10 @@ class Learning:
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         """Each of the corruptions on its part of the images (one at least); differentiable in their parameters."""
-        changed = []
-        for i, part in enumerate(images.tensor_split(min(len(self._lessons), len(images)))):
+        changed = [images[:0]]
+        for i, part in enumerate(images.tensor_split(max(1, min(len(self._lessons), len(images))))):
+            if not len(part):
+                break
             lesson = self._lessons[i]
             if lesson is None:
                 lesson = self._lessons[i] = self._drawn(("blend", "patch", "warp", "patch")[i % 4], part, self._ages[i])

@@ -1,8 +1,9 @@
-"""Harden: keep the answers to plain images, and learn to give them whatever lies over the image."""
+"""Harden: learn the right answers under whatever lies over the image, then take the original's sight back."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,51 +11,61 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from ulrl.data.batches import normalise, pixels
+from ulrl.data.batches import Batches, normalise, pixels
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.corruptions import Draws, Learning, corrupt
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
+from ulrl.machine import autocast
 from ulrl.models.head import find_head
 from ulrl.options import option
-from ulrl.training import Monitor, fit, make_optimizer, make_scheduler
+from ulrl.training import Monitor, Objective, fit, make_optimizer, make_scheduler
 
 _NEVER = -1e4  # the logit of a class that is left out
+_LOOKS = 4  # passes over the clean images that the classes' excess is measured on
 
 
 @register("harden")
 @dataclass(frozen=True)
 class Harden(FineTuning):
-    """Fine-tune on plain and corrupted clean images, towards the labels and the model's own answers to the plain ones.
+    """Two stages on the clean images alone, between which the target is looked for. A backdoor is a corruption that
+    the model obeys; the corruptions here are random ones and ones that learn what hurts (see `corruptions`).
 
-    A backdoor is a corruption that the model obeys. Of each batch one half stays plain; of the other one part is
-    corrupted at random (fields, other images, patches, warps, waves, tones, levels, noise, filters) and one part by
-    corruptions that learn what hurts (see `corruptions`), of which the trigger is the steepest. The loss is
+    1. Harden. Of each batch one half stays plain and the other is corrupted. The loss is `label_weight` *
+       cross-entropy + KL(original on the plain image || model) + `keep_weight` * KL at temperature `temperature` over
+       the plain half. The classes that ULRL's diagnosis flags have their rows of the head drawn anew before, `alpha`
+       times their cosine with what they were is added, and on images of other classes they are left out of both
+       divergences.
+    2. Name. A class's *excess* is how much more probable it is to the original than to the hardened model on corrupted
+       images of other classes. Classes with more than `excess` of it are suspicious, too: flagged are those that both
+       diagnoses name or, where they share none, all that either names. With an excess, stage 3 keeps the corruptions.
+    3. Restore, from the hardened weights: on plain images and on mixtures of two (mixup), `keep_weight` * KL at
+       `temperature` from the original's answers *to the same input* over all classes that are not flagged, and for each
+       flagged one the binary cross-entropy of it against the rest with the (mixed) labels. With corruptions,
+       `hold_weight` * (cross-entropy + KL(original on the plain image || model)) on corrupted images besides.
 
-        `label_weight` * cross-entropy + KL(original on the plain image || model)
-        + `keep_weight` * KL at temperature `temperature` over the plain half.
+    The original is never asked about a corrupted image, and never about the flagged classes in stage 3: its soft
+    answers on them bring the backdoor back (WaNet: ASR 4 to 32), and without them they do not. Mixtures of images
+    are what holds the rest of the function, from 600 images alone.
 
-    The original is asked about plain images only, so it never answers a trigger; the last term holds the function
-    where there is nothing to mend, without which two to three points of accuracy are lost. The classes that ULRL's
-    diagnosis flags have their rows of the head drawn anew beforehand, `alpha` times their cosine with what they were is
-    added, and on images of other classes they are left out of both divergences: how much of its target the original
-    sees there is part of the backdoor, and brings it back. Without a flagged class, or with a wrong one,
-    the rest works all the same. At the end BatchNorm's statistics are taken anew from plain images.
-
-    The weights and the corruptions were chosen by ASR and accuracy on four development records (BadNets, Blended,
-    WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all; a run sees clean samples only.
+    Weights and corruptions were chosen by ASR and accuracy on four development records and a clean net (BadNets,
+    Blended, WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all. It sees clean samples only.
     """
 
-    batch_size: int = option(128, "clean images per step, half of them corrupted", low=2)
-    epochs: int = option(60, "epochs", low=1)
-    lr: float = option(0.04, "learning rate", low=0)
-    label_weight: float = option(1.0, "weight of the labels", low=0)
-    keep_weight: float = option(3.0, "weight of keeping the softened answers to plain images", low=0)
+    batch_size: int = option(128, "clean images per step", low=2)
+    epochs: int = option(60, "epochs of hardening", low=1)
+    lr: float = option(0.04, "learning rate of hardening", low=0)
+    label_weight: float = option(1.0, "weight of the labels in hardening", low=0)
+    keep_weight: float = option(3.0, "weight of keeping the softened answers", low=0)
     temperature: float = option(4.0, "softness of those answers", low=1)
     learning_share: float = option(0.5, "share of the corruptions that learn", low=0, high=1)
     init: bool = option(True, "draw the flagged classes' rows of the head anew")
     alpha: float = option(0.5, "weight of the redrawn rows' cosine with what they were", low=0)
+    excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
+    restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
+    restore_lr: float = option(0.01, "learning rate of restoring", low=0)
+    hold_weight: float = option(2.0, "weight of corrupted images in restoring, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
@@ -69,41 +80,118 @@ class Harden(FineTuning):
         )
         neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)
         flagged = flagged_classes(neurons)
-        suspicious = torch.zeros(clean.spec.num_classes, dtype=torch.bool, device=clean.device)
-        suspicious[flagged] = True
+        corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
         likeness = redraw(head, flagged if self.init else [], self.random_seed)
-        draws = Draws(self.random_seed, clean.device)
-        learning = Learning(draws)
+        self._train(model, clean, monitor, "harden", self.epochs, self.lr, corruptions,
+                    self._hardening(original, flagged, corruptions, likeness))  # fmt: skip
+        neurons["excess"] = self._excess(original, model, clean, corruptions).cpu().numpy()
+        evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
+        named = neurons[neurons.excess > self.excess].sort_values("excess", ascending=False).index.tolist()
+        flagged = [k for k in named if k in flagged] or [*flagged, *named]
+        if self.restore_epochs:
+            hold = self.hold_weight if named else 0.0
+            self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,
+                        self._restoring(original, flagged, corruptions, hold))  # fmt: skip
+        neurons["flagged"] = neurons.index.isin(flagged)
+        return Repair(model, flagged, {**evidence, "named_by_excess": named}, {"neurons": neurons})
 
+    def _train(
+        self, model: nn.Module, clean: ImageSet, monitor: Monitor, stage: str, epochs: int, lr: float,
+        corruptions: _Corruptions, objective: Objective,
+    ) -> None:  # fmt: skip
+        """A stage, in place; at its end BatchNorm's statistics are those of plain images."""
+        optimizer = make_optimizer(model, self.client_optimizer, lr, self.sgd_momentum, self.wd)
+        scheduler = make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma)
+        fit(
+            model, self.batches(clean, stage), epochs, optimizer, scheduler, monitor, stage, amp=self.amp,
+            objective=objective, clip=self.clip or None, after_step=corruptions.learning.step,
+        )  # fmt: skip
+        statistics = self.batches(clean, f"{stage} statistics")
+        update_bn((batch for _ in range(3) for batch in statistics), model)
+
+    def _hardening(
+        self, original: nn.Module, flagged: list[int], corruptions: _Corruptions, likeness: Callable[[], torch.Tensor]
+    ) -> Objective:
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
-            with torch.autocast(x.device.type, enabled=False):
-                corrupted = self._corrupt(x[plain:], clean.spec, draws, learning)
-            hidden = suspicious & ~suspicious[y][:, None]
-            answers = original(x).float().masked_fill(hidden, _NEVER)
-            logits = model(torch.cat([x[:plain], corrupted])).float()
-            told = logits.masked_fill(hidden, _NEVER)
+            logits = model(torch.cat([x[:plain], corruptions(x[plain:])])).float()
+            hidden = _hidden(flagged, logits, y)
+            told, answers = logits.masked_fill(hidden, _NEVER), original(x).float().masked_fill(hidden, _NEVER)
             loss = self.label_weight * F.cross_entropy(logits, y) + _divergence(told, answers, 1)
             kept = _divergence(told[:plain], answers[:plain], self.temperature) * plain / len(x)
             return loss + self.keep_weight * kept + self.alpha * likeness(), logits.detach().argmax(1) == y
 
-        optimizer = make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum, self.wd)
-        scheduler = make_scheduler(optimizer, self.lr_scheduler, self.epochs, self.steplr_milestones, self.steplr_gamma)
-        fit(
-            model, self.batches(clean, "harden"), self.epochs, optimizer, scheduler, monitor, "harden", amp=self.amp,
-            objective=objective, clip=self.clip or None, after_step=learning.step,
-        )  # fmt: skip
-        statistics = self.batches(clean, "statistics")
-        update_bn((batch for _ in range(3) for batch in statistics), model)
-        evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
-        return Repair(model, flagged, evidence, {"neurons": neurons})
+        return objective
 
-    def _corrupt(self, x: torch.Tensor, spec: DatasetSpec, draws: Draws, learning: Learning) -> torch.Tensor:
-        """Normalised images in and out: the first at random, the last `learning_share` by what learns."""
-        images = (pixels(x, spec) / 255).clamp(0, 1)
-        first = len(x) - round(self.learning_share * len(x))
-        changed = torch.cat([corrupt(images[:first], draws), learning.apply(images[first:])])
-        return normalise(changed * 255, spec)
+    @torch.no_grad()
+    def _excess(
+        self, original: nn.Module, hardened: nn.Module, clean: ImageSet, corruptions: _Corruptions
+    ) -> torch.Tensor:
+        """Of each class, float [K] in [-1, 1]: step 2."""
+        sums, counts = torch.zeros(2, clean.spec.num_classes, device=clean.device)
+        hardened.eval()
+        for _ in range(_LOOKS):
+            for x, y in Batches(clean, self.batch_size):
+                with autocast(clean.device, self.amp):
+                    x = corruptions(x, learning_share=0)
+                    more = original(x).float().softmax(1) - hardened(x).float().softmax(1)
+                others = F.one_hot(y, len(sums)) == 0
+                sums += (more * others).sum(0)
+                counts += others.sum(0)
+        return sums / counts.clamp_min(1)
+
+    def _restoring(self, original: nn.Module, flagged: list[int], corruptions: _Corruptions, hold: float) -> Objective:
+        def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            plain = len(x) // 2
+            other, share = corruptions.draws.order(len(x)), corruptions.draws.uniform(len(x), 1, 1, 1)
+            inputs = torch.cat([x[:plain], x[other].lerp(x, share)])
+            under = x[plain:] if hold else x[:0]
+            answers = original(torch.cat([inputs, under])).float()
+            logits = model(torch.cat([inputs, corruptions(under) if hold else under])).float()
+            told = logits[: len(inputs)]
+            kept = ~_are(flagged, logits)
+            loss = self.keep_weight * _divergence(told[:, kept], answers[: len(inputs), kept], self.temperature)
+            labels = F.one_hot(y, logits.shape[1]).float()
+            labels = torch.cat([labels[:plain], labels[other].lerp(labels, share.flatten(1))])
+            for k in flagged:
+                rest = told.index_fill(1, torch.tensor([k], device=x.device), _NEVER).logsumexp(1)
+                loss = loss + F.binary_cross_entropy_with_logits(told[:, k] - rest, labels[:, k])
+            if hold:
+                hidden = _hidden(flagged, logits, y[plain:])
+                heard, said = (z[len(inputs) :].masked_fill(hidden, _NEVER) for z in (logits, answers))
+                loss = loss + hold * (F.cross_entropy(logits[len(inputs) :], y[plain:]) + _divergence(heard, said, 1))
+            return loss, told[plain:].detach().argmax(1) == labels[plain:].argmax(1)
+
+        return objective
+
+
+class _Corruptions:
+    """Normalised images in and out: the first of a batch corrupted at random, the last by what learns."""
+
+    def __init__(self, spec: DatasetSpec, draws: Draws, learning_share: float) -> None:
+        self.draws, self.learning = draws, Learning(draws)
+        self._spec, self._share = spec, learning_share
+
+    def __call__(self, x: torch.Tensor, learning_share: float | None = None) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            images = (pixels(x, self._spec) / 255).clamp(0, 1)
+            share = self._share if learning_share is None else learning_share
+            first = len(x) - round(share * len(x))
+            changed = torch.cat([corrupt(images[:first], self.draws), self.learning.apply(images[first:])])
+            return normalise(changed * 255, self._spec)
+
+
+def _are(flagged: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """bool [K]: the flagged of the classes of logits [B, K]."""
+    classes = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    classes[flagged] = True
+    return classes
+
+
+def _hidden(flagged: list[int], logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """bool [B, K]: the flagged classes, but for images of a flagged class."""
+    classes = _are(flagged, logits)
+    return classes & ~classes[labels][:, None]
 
 
 def _divergence(logits: torch.Tensor, answers: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,34 +92,80 @@ def run_jobs(jobs: Sequence[Job], engine: Engine) -> dict[str, State]:
     Each is DONE, FAILED or SKIPPED then. One that another sweep is doing is waited for.
     """
     states = {job.name: state(job) for job in jobs}
-    clock = Clock(jobs, states)
+    clock, board, others = Clock(jobs, states), Board(jobs, states), Others()
     log.info("%s", _counts(states))
-    others = Others()
-    ours: set[str] = set()  # in the engine's hands
-    while any(end in (State.QUEUED, State.RUNNING) for end in states.values()):
-        for job in jobs:
-            if states[job.name] is not State.QUEUED:
-                continue
-            needed = states[job.needs] if job.needs else State.DONE
-            if needed in (State.FAILED, State.SKIPPED):
-                states[job.name] = State.SKIPPED
-            elif needed is State.DONE and engine.fits(job):
-                engine.start(job)
-                ours.add(job.name)
-                states[job.name] = State.RUNNING
-        for job, cause in engine.finished(POLL):
-            ours.discard(job.name)
+    ours = 0  # in the engine's hands
+    while board.left:
+        for queue in board.ready.values():
+            while queue and engine.fits(queue[0]):
+                engine.start(board.taken(queue.popleft()))
+                ours += 1
+        ended = engine.finished(POLL)
+        ours -= len(ended)
+        for job, cause in ended:
             if cause:
                 give_up(job, cause)
-        for job in jobs:
-            if states[job.name] is State.RUNNING and job.name not in ours:
-                if not ours:
-                    others.wait_for(job)
-                states[job.name] = state(job)
-                if states[job.name] in (State.DONE, State.FAILED):
-                    clock.ended(job)
-                    log.info("%s", _progress(job, states, clock, max(1, engine.running)))
+        if not ours:
+            for job in board.elsewhere.values():
+                others.wait_for(job)
+        for job in [*(job for job, _ in ended), *board.elsewhere.values()]:
+            skipped = board.look(job)
+            if states[job.name] in (State.DONE, State.FAILED):
+                clock.ended(job)
+                log.info("%s", _progress(job, board, clock, max(1, engine.running)))
+            for other in skipped:
+                clock.skipped(other)
     return states
+
+
+class Board:
+    """Which jobs can start now, wait for another job, or are in the hands of another sweep; it keeps their `states`.
+
+    A look at it costs as much with a hundred jobs as with a hundred thousand. ready: queues of jobs that take the same
+    place in an engine. left: how many are not over.
+    """
+
+    def __init__(self, jobs: Sequence[Job], states: dict[str, State]) -> None:
+        self.states = states
+        self.ready: dict[tuple[str, bool], deque[Job]] = defaultdict(deque)
+        self.elsewhere: dict[str, Job] = {}
+        self.left = sum(now in (State.QUEUED, State.RUNNING) for now in states.values())
+        self._waiting: dict[str, list[Job]] = defaultdict(list)  # by what they need
+        for job in jobs:
+            if states[job.name] is State.RUNNING:
+                self.elsewhere[job.name] = job
+            elif states[job.name] is State.QUEUED:
+                self._queue(job)
+
+    def taken(self, job: Job) -> Job:
+        self.states[job.name] = State.RUNNING
+        return job
+
+    def look(self, job: Job) -> list[Job]:
+        """Take note of what the job's files tell now; the jobs that are skipped for it."""
+        now = self.states[job.name] = state(job)
+        self.elsewhere.pop(job.name, None)
+        if now is State.RUNNING:
+            self.elsewhere[job.name] = job
+            return []
+        if now is State.QUEUED:
+            return self._queue(job)
+        self.left -= 1
+        return [skipped for other in self._waiting.pop(job.name, ()) for skipped in self._queue(other)]
+
+    def _queue(self, job: Job) -> list[Job]:
+        """Put it where it waits or, when what it needs has failed, skip it and what waits for it; those."""
+        needed = self.states[job.needs] if job.needs else State.DONE
+        if needed is State.DONE:
+            self.ready[job.device, job.small].append(job)
+        elif needed in (State.QUEUED, State.RUNNING):
+            self._waiting[job.needs or ""].append(job)
+        else:
+            self.states[job.name] = State.SKIPPED
+            self.left -= 1
+            waiting = self._waiting.pop(job.name, ())
+            return [job, *(skipped for other in waiting for skipped in self._queue(other))]
+        return []
 
 
 class Others:
@@ -151,27 +197,35 @@ class Clock:
     """How long what is left will take, going by what is done: the like of it, else its kind."""
 
     def __init__(self, jobs: Sequence[Job], states: Mapping[str, State]) -> None:
-        self._jobs = jobs
-        self._spent: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        self._spent: dict[tuple[str, ...], tuple[float, int]] = defaultdict(
+            lambda: (0.0, 0)
+        )  # seconds, and of how many
+        self._left = Counter(job.alike for job in jobs)
         for job in jobs:
             if states[job.name] is State.DONE:
                 self.ended(job)
+            elif states[job.name] in (State.FAILED, State.SKIPPED):
+                self.skipped(job)
 
     def ended(self, job: Job) -> None:
+        self.skipped(job)
         if (spent := seconds(job)) is not None:
-            self._spent[job.alike].append(spent)
-            self._spent[job.alike[:1]].append(spent)
+            for key in (job.alike, job.alike[:1]):
+                total, count = self._spent[key]
+                self._spent[key] = total + spent, count + 1
 
-    def left(self, states: Mapping[str, State], abreast: int) -> float | None:
+    def skipped(self, job: Job) -> None:
+        self._left[job.alike] -= 1
+
+    def left(self, abreast: int) -> float | None:
         """Seconds, with `abreast` jobs at once; None while a kind that is left has none done."""
-        total = 0.0
-        for job in self._jobs:
-            if states[job.name] in (State.QUEUED, State.RUNNING):
-                like = self._spent.get(job.alike) or self._spent.get(job.alike[:1])
-                if not like:
-                    return None
-                total += sum(like) / len(like)
-        return total / abreast
+        result = 0.0
+        for alike, count in self._left.items():
+            total, done = self._spent[alike] if alike in self._spent else self._spent[alike[:1]]
+            if count and not done:
+                return None
+            result += count * total / max(1, done)
+        return result / abreast
 
 
 def status(jobs: Sequence[Job]) -> list[str]:
@@ -184,7 +238,7 @@ def status(jobs: Sequence[Job]) -> list[str]:
             lines.append(f"running record/{job.name} by process {holder(job)} for {_duration(since)}")
     lines += [f"failed  record/{job.name}: {reason(job)}" for job in jobs if states[job.name] is State.FAILED]
     running = sum(now is State.RUNNING for now in states.values())
-    left = Clock(jobs, states).left(states, max(1, running))
+    left = Clock(jobs, states).left(max(1, running))
     if left:
         lines.append(f"about {_duration(left)} left with {max(1, running)} at once")
     return lines
@@ -195,16 +249,16 @@ def _counts(states: Mapping[str, State]) -> str:
     return f"{len(states)} runs: " + ", ".join(f"{count[s]} {s.value}" for s in State if count[s])
 
 
-def _progress(job: Job, states: Mapping[str, State], clock: Clock, abreast: int) -> str:
-    over = sum(end not in (State.QUEUED, State.RUNNING) for end in states.values())
+def _progress(job: Job, board: Board, clock: Clock, abreast: int) -> str:
+    states = board.states
     if states[job.name] is State.FAILED:
         what = f": {reason(job)}"
     else:
         spent = seconds(job)
         what = "" if spent is None else f" in {_duration(spent)}"
-    left = clock.left(states, abreast)
+    left = clock.left(abreast)
     later = f"; about {_duration(left)} left" if left else ""
-    return f"[{over}/{len(states)}] {states[job.name].value} record/{job.name}{what}{later}"
+    return f"[{len(states) - board.left}/{len(states)}] {states[job.name].value} record/{job.name}{what}{later}"
 
 
 def _summary(jobs: Sequence[Job], states: Mapping[str, State]) -> list[str]:

@@ -1,0 +1,72 @@
+"""What Harden asks the original about, and how it names a class; that it repairs is in tests/test_defenses.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ulrl.data.batches import normalise
+from ulrl.data.datasets import load_dataset
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.corruptions import Draws
+from ulrl.defenses.harden import Harden, _Corruptions
+
+FLAGGED = 3
+
+
+@pytest.fixture(scope="module")
+def clean() -> ImageSet:
+    return load_dataset("digits")[0].subset(torch.arange(64))
+
+
+@pytest.fixture
+def original() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
+
+
+def corruptions(clean: ImageSet) -> _Corruptions:
+    return _Corruptions(clean.spec, Draws(0, clean.device), 0.5)
+
+
+@pytest.mark.parametrize("hold", [0.0, 1.0])
+def test_restoring_does_not_hear_the_original_on_flagged_classes(
+    clean: ImageSet, original: nn.Module, hold: float
+) -> None:
+    """But, where corruptions are held, on images of that class themselves."""
+    others = clean.subset((clean.labels != FLAGGED).nonzero().flatten())
+    x, y = normalise(others.images, clean.spec), others.labels
+    louder, model = copy.deepcopy(original), copy.deepcopy(original).requires_grad_(True)
+    louder[1].weight[FLAGGED] += 1  # type: ignore[operator, index]
+
+    def loss(asked: nn.Module, flagged: list[int]) -> float:
+        return Harden()._restoring(asked, flagged, corruptions(clean), hold)(model, x, y)[0].item()
+
+    assert loss(louder, [FLAGGED]) == loss(original, [FLAGGED])
+    assert loss(louder, []) > loss(original, []) + 0.01
+
+
+def test_excess_is_what_the_hardened_net_no_longer_says(clean: ImageSet, original: nn.Module) -> None:
+    class Always(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.eye(10)[FLAGGED].mul(100).expand(len(x), 10)
+
+    method = Harden(amp=False)
+    excess = method._excess(Always(), nn.Sequential(nn.Flatten(), _Even()), clean, corruptions(clean))
+    assert excess[FLAGGED].item() == pytest.approx(0.9)
+    assert excess.sum().item() == pytest.approx(0, abs=0.2)
+    assert method._excess(original, original, clean, corruptions(clean)).abs().max() == 0
+
+
+class _Even(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 10)
+
+
+def test_nothing_learns_where_no_share_of_the_corruptions_does(clean: ImageSet) -> None:
+    changed = corruptions(clean)(normalise(clean.images, clean.spec), learning_share=0)
+    assert changed.shape == (len(clean), 1, 8, 8)
+    assert changed.isfinite().all()
