@@ -19,7 +19,7 @@ from manners import refused
 
 from ulrl.attacks.badnet import BadNet
 from ulrl.attacks.base import ATTACKS
-from ulrl.cli import attack_main, defense_main
+from ulrl.cli import attack_main, defense_main, main
 from ulrl.configure import AttackRun, DefenseRun, DetectionRun, configure_attack
 from ulrl.defenses.base import DEFENSES
 from ulrl.detectors.base import DETECTORS
@@ -367,7 +367,10 @@ def test_all_options_explain_themselves() -> None:
 def test_help_shows_each_flag_with_default_and_source(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     kind, name = method.split()
     with pytest.raises(SystemExit) as left:
-        {"attack": attack_main, "defense": defense_main}[kind](name, ["--help"])
+        if kind == "detector":
+            main(["detect", "any", "--samples", name, "--help"])
+        else:
+            {"attack": attack_main, "defense": defense_main}[kind](name, ["--help"])
     assert left.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     for key, f in ALL[method].fields.items():

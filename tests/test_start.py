@@ -65,7 +65,7 @@ MISTAKES = {
     ("attack", "sig", "--bd_yaml_path", "wrong.yaml"): "did you mean 'pratio'?",
     ("preview", "blended", "--wdth", "4"): "did you mean '--width'?",
     ("defense",): "name a defense first",
-    ("defense", "anq"): "did you mean 'anp'?",
+    ("defense", "anpp"): "did you mean 'anp'?",
     ("defense", "ulrl", "--relern_lr", "1"): "did you mean '--relearn_lr'?",
     ("defense", "ulrl", "--relearn_lr", "fast"): "is not a number",
     ("defense", "ft"): "--result_file is missing",

@@ -51,6 +51,7 @@ def results(argv: Sequence[str]) -> None:
     """The summary of finished runs. As CSV it holds fractions and counts; elsewhere it is for reading."""
     root, argv = _folder(argv)
     options = plain_options(ResultsOptions, argv, "ulrl results [FOLDER]", "Collect what runs came to.")
+    _check_folder(root)
     if options.export:
         check_output(Path(options.export), "--export", (".parquet", ".csv"))
     from ulrl.report.frame import export_frame, harmless_cells
@@ -85,6 +86,7 @@ class PageOptions:
 def report(argv: Sequence[str]) -> None:
     root, argv = _folder(argv)
     options = plain_options(PageOptions, argv, "ulrl report [FOLDER]", "Make one page of all runs.")
+    _check_folder(root)
     check_output(Path(options.out), "--out")
     from ulrl.report.page import write_report
 
@@ -118,6 +120,7 @@ def plot(argv: Sequence[str]) -> None:
         raise UserError(f"unknown figure {figure!r}{nearest(figure, list(FIGURES))}")
     root, argv = _folder(argv)
     options = plain_options(PlotOptions, argv, f"ulrl plot {figure} [FOLDER]", "Draw a figure for a paper.")
+    _check_folder(root)
     out = Path(options.out)
     check_output(out, "--out", (".pdf", ".svg", ".png"))
     from ulrl.report import plots
@@ -154,14 +157,17 @@ def _runs_below(root: Path, where: str | None) -> pd.DataFrame:
 
 
 def _folder(arguments: Sequence[str]) -> tuple[Path, Sequence[str]]:
-    """The folder named first, or `record/`, and the arguments after it.
+    """The folder named first, or `record/`, and the arguments after it."""
+    if arguments and not arguments[0].startswith("-"):
+        return find_input(arguments[0]), arguments[1:]
+    return home() / "record", arguments
+
+
+def _check_folder(root: Path) -> None:
+    """Say that a named folder is not there, when the flags are found to be in order.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: it is not.
     """
-    if arguments and not arguments[0].startswith("-"):
-        root = find_input(arguments[0])
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder; name one that holds records, or a record")
-        return root, arguments[1:]
-    return home() / "record", arguments
+    if not root.is_dir() and root != home() / "record":
+        raise UserError(f"{root} is not a folder; name one that holds records, or a record")

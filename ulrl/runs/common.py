@@ -39,7 +39,8 @@ class EpochJudge:
             self._rows[stage, epoch] = test_row(judge(model, self._clean, self.poisoned, self._amp))
 
     def with_history(self, history: list[dict[str, Any]]) -> pd.DataFrame:
-        return pd.DataFrame([row | self._rows.get((row["stage"], row["epoch"]), {}) for row in history])
+        rows = [row | self._rows.get((row["stage"], row["epoch"]), {}) for row in history]
+        return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["stage", "epoch"])  # a method that has no epochs
 
 
 def timed_judge(monitor: Monitor, model: nn.Module, clean: ImageSet, poisoned: PoisonedSet, amp: bool) -> Judgement:
