@@ -282,7 +282,7 @@ def test_same_seed_and_index_file_same_repair(name: str, backdoored: Record, tmp
     folder, second = run_defense(*_order(name, backdoored, **given), bar=False)
     weights.append(torch.load(folder / "defense_result.pt", weights_only=True)["model"])
     history = pd.read_csv(folder / f"{name}_df.csv")
-    assert history.test_asr.notna().all()
+    assert name == "b3d" or history.test_asr.notna().all()  # b3d has no epochs
     assert (first["after"], first["flagged"]) == (second["after"], second["flagged"])
     assert all(torch.equal(w, weights[1][k]) for k, w in weights[0].items()), "judging by epoch changes nothing"
 
