@@ -158,3 +158,10 @@ def test_names_are_read_as_they_are() -> None:
 
 def test_what_is_more_than_a_declaration_is_imported() -> None:
     assert declared("ulrl.models.architectures", "ARCHITECTURES") is ARCHITECTURES
+
+
+@pytest.mark.parametrize("command", ["attack", "defense", "preview", "compare", "show", "detect", "inspect", "convert"])
+def test_help_without_a_name_says_that_one_is_needed(command: str, tmp_path: Path) -> None:
+    code, heavy, text = said(command, "--help", home=tmp_path)
+    assert (code, heavy) == (0, [])
+    assert text.startswith(f"usage: ulrl {command} NAME")

@@ -27,11 +27,14 @@ def plain_options(cls: type[Options], argv: Sequence[str], prog: str, descriptio
 
 
 def first_name(argv: Sequence[str], command: str, what: str) -> tuple[str, Sequence[str]]:
-    """The name that comes before a command's options, and those.
+    """The name that comes before a command's options, and those. --help in its place says so, and ends the program.
 
     Raises:
         UserError: there is none; `what` says what it names.
     """
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: ulrl {command} NAME [options]. NAME is {what}; after it, --help lists the options.")
+        sys.exit(0)
     if not argv or argv[0].startswith("-"):
         raise UserError(f"ulrl {command}: name {what} first, before the options")
     return argv[0], argv[1:]
