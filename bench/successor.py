@@ -4,8 +4,8 @@
 
 Records of fashion_scenes under $ULRL_HOME/record/, clean nets among them (those of `python -m bench.victims`, or any
 others); 600 clean images per seed. Judged on all 10,000 clean and 9,000 triggered test images. Each run leaves a file
-in $ULRL_HOME/successor/, so a stopped one goes on where it was and several may work side by side; the table in
-docs/method.md and bench/results/successor.csv are made from those files, of whatever has run.
+in $ULRL_HOME/successor/, so a stopped one goes on where it was and several may work side by side; the tables in
+docs/method.md and README.md and bench/results/successor.csv are made from those files, of whatever has run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from ulrl.record import Record, find_record
 from ulrl.training import Monitor, judge
 
 DATASET = "fashion_scenes"
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "method.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, FRONT = ROOT / "docs" / "method.md", ROOT / "README.md"
 
 # name: (defense, what differs from its defaults, which are the published values)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -116,6 +117,29 @@ def table(runs: pd.DataFrame) -> Iterator[str]:
         )
 
 
+def front(runs: pd.DataFrame) -> Iterator[str]:
+    """For the project's front page: a line per record that both methods repaired, ASR / RA / change of ACC."""
+    yield "| attack | a clean net | none | ULRL | Harden |"
+    yield "|---|---|---|---|---|"
+    cells = {key: cell for key, cell in runs.groupby(["record", "variant"])}
+    for record in dict.fromkeys(runs.sort_values("attack", kind="stable").record):
+        both = [cells.get((record, variant)) for variant in ("ulrl", "harden")]
+        if any(cell is None for cell in both):
+            continue
+        own = runs[runs.record == record]
+        changes = [f"{100 * (cell.acc - cell.acc_before).mean():+.1f}" for cell in both]
+        if own.asr.isna().all():
+            yield f"| {record} | | | {changes[0]} | {changes[1]} |"
+            continue
+        figures = [f"{_percents(cell, 'asr', 'ra')} / {change}" for cell, change in zip(both, changes, strict=True)]
+        reach, before = _percents(own, "clean_asr", "clean_ra"), percent(own.asr_before.mean())
+        yield f"| {record} | {reach} | {before} | {figures[0]} | {figures[1]} |"
+
+
+def _percents(cell: pd.DataFrame, *keys: str) -> str:
+    return " / ".join(percent(cell[key].mean()) for key in keys)
+
+
 def _beside(cell: pd.DataFrame, key: str) -> str:
     spread = f" [{percent(cell[key].min())}, {percent(cell[key].max())}]" if len(cell) > 1 else ""
     return f"{percent(cell[key].mean())}{spread} ({percent(cell[f'clean_{key}'].mean())})"
@@ -143,6 +167,7 @@ def main() -> None:
     runs = pd.DataFrame([json.loads(file.read_text()) for file in files])
     write_csv(RESULTS / "successor.csv", runs)
     write_block("successor", list(table(runs)), PAGE)
+    write_block("results", list(front(runs)), FRONT)
 
 
 if __name__ == "__main__":

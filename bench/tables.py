@@ -21,7 +21,6 @@ FOLDER = re.compile(r"bench_(.+)_r([\d.]+)_c(\d+)")
 ATTACKS_AFTER = ("before", "retuned", "query", "universal")
 DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf")  # Harden's settings were chosen, or looked at, on these
 REPAIRS_NOTHING = ("b3d", "detect_label", "recover_trigger")
-SHOWN = {"ulrl": "ULRL", "harden": "Harden", "fst": "FST", "nad": "NAD", "ft": "FT"}  # on the project's front page
 PAGES = BENCH.parent
 FEWEST = 6  # records that the defenses share, for a ranking to be shown on the project's own pages
 
@@ -135,7 +134,6 @@ def report(profile: str, frame: pd.DataFrame) -> None:
     ranks = ranking(runs)
     if profile == "cpu" and ranks.ranked.sum() > 1 and ranks[ranks.ranked].records.min() >= FEWEST:
         write_block("ranking", [*words(runs), "", *_ranks(runs)], PAGES / "docs" / "results.md")
-        write_block("results", front(runs), PAGES / "README.md")
 
 
 def words(runs: pd.DataFrame) -> list[str]:
@@ -186,26 +184,6 @@ def _ranks(runs: pd.DataFrame) -> list[str]:
         worst = runs[runs.record == row.worst].attack.iloc[0]
         lines.append(f"| {name} | {far} | {percent(row.acc_lost)} | {row.records} | {worst} |")
     return lines
-
-
-def front(runs: pd.DataFrame) -> list[str]:
-    """A line per record: ASR / RA / change of ACC of a few defenses, beside the clean nets' pair."""
-    shown = [name for name in SHOWN if name in set(runs.defense)]
-    lines = [
-        "| attack | clean nets | none | " + " | ".join(SHOWN[name] for name in shown) + " |",
-        "|---|---|---|" + "---|" * len(shown),
-    ]  # fmt: skip
-    records = list(dict.fromkeys(runs.record))
-    for record, title in zip(records, _titles(runs, records), strict=True):
-        part = runs[runs.record == record]
-        cells = []
-        for name in shown:
-            own = part[part.defense == name]
-            figures = [percent(own.asr.mean()), percent(own.ra.mean()), f"{100 * (0 - own.acc_lost.mean()):+.1f}"]
-            cells.append(" / ".join(figures) if len(own) else "")
-        reach = _pair(part.head(1), "clean_asr", "clean_ra", n=False)
-        lines.append(f"| {title} | {reach} | {percent(part.asr_before.iloc[0])} | " + " | ".join(cells) + " |")
-    return [*lines, *_marks(runs)]
 
 
 def _repairs(runs: pd.DataFrame) -> list[str]:

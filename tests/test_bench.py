@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,7 +19,8 @@ from bench.idle import idle_jobs
 from bench.pages import cell, interval, write_block
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
-from bench.tables import FOLDER, distance, front, ranking, words
+from bench.successor import front
+from bench.tables import FOLDER, _marks, _titles, distance, ranking, words
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet, PoisonedSet
@@ -88,10 +90,22 @@ def test_the_words_tell_which_records_a_defense_was_made_on_and_what_was_not_run
 
 
 def test_a_victim_that_did_not_take_is_marked_in_a_table() -> None:
-    lines = front(full(("ulrl", "lf", 0.1), ("ulrl", "sig", 0.5)))
-    assert "| lf † | 50.0 / 50.0 | 50.0 | 50.0 / 50.0 / +0.0 |" in lines
-    assert any(line.startswith("| sig | ") for line in lines)
-    assert lines[-1] == "† The victim did not quite take: lf (ASR 80.0 below 95.0)."
+    runs = full(("ulrl", "lf", 0.1), ("ulrl", "sig", 0.5))
+    assert _titles(runs, list(runs.record)) == ["lf †", "sig"]
+    assert _marks(runs)[-1] == "† The victim did not quite take: lf (ASR 80.0 below 95.0)."
+
+
+def test_the_front_page_shows_what_both_methods_repaired() -> None:
+    def run(record: str, variant: str, asr: float | None, acc: float) -> dict[str, Any]:
+        figures = {"ra": asr, "clean_asr": 0.1, "clean_ra": 0.9, "asr_before": 1.0, "attack": record}
+        return {"record": record, "variant": variant, "asr": asr, "acc": acc, "acc_before": 0.9, **figures}
+
+    both = [
+        run(r, v, asr, acc) for r, asr in (("lf", 0.2), ("clean", None)) for v, acc in (("ulrl", 0.8), ("harden", 0.89))
+    ]
+    lines = list(front(pd.DataFrame([*both, run("sig", "ulrl", 0.2, 0.8)])))
+    assert lines[2:] == ["| clean | | | -10.0 | -1.0 |",
+                         "| lf | 10.0 / 90.0 | 100.0 | 20.0 / 20.0 / -10.0 | 20.0 / 20.0 / -1.0 |"]  # fmt: skip
 
 
 def test_a_victim_has_to_take() -> None:

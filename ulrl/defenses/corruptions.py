@@ -182,11 +182,11 @@ class Learning:
         self._ages = [i * life // count for i in range(count)]  # so that they are not all drawn anew at once
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Each of the corruptions on its part of the images (one at least); differentiable in their parameters."""
-        changed = [images[:0]]
-        for i, part in enumerate(images.tensor_split(max(1, min(len(self._lessons), len(images))))):
-            if not len(part):
-                break
+        """Each of the corruptions on its part of the images, if there are any; differentiable in their parameters."""
+        if not len(images):
+            return images
+        changed = []
+        for i, part in enumerate(images.tensor_split(min(len(self._lessons), len(images)))):
             lesson = self._lessons[i]
             if lesson is None:
                 lesson = self._lessons[i] = self._drawn(("blend", "patch", "warp", "patch")[i % 4], part, self._ages[i])

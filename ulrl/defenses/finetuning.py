@@ -48,17 +48,19 @@ class FineTuning(Defense):
         stage: str,
         *,
         epochs: int | None = None,
+        lr: float | None = None,
         objective: Objective = cross_entropy,
+        clip: float | None = None,
         sam: Sam | None = None,
         after_step: Callable[[], None] | None = None,
     ) -> None:
-        """Train every weight of `model`, in place, for `self.epochs` or `epochs`."""
-        epochs = epochs or self.epochs
-        optimizer = make_optimizer(model, self.client_optimizer, self.lr, self.sgd_momentum, self.wd)
+        """Train every weight of `model`, in place, for `self.epochs` at `self.lr`, or as named."""
+        epochs, lr = epochs or self.epochs, self.lr if lr is None else lr
+        optimizer = make_optimizer(model, self.client_optimizer, lr, self.sgd_momentum, self.wd)
         scheduler = make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma)
         fit(
             model, self.batches(clean, stage), epochs, optimizer, scheduler, monitor, stage, amp=self.amp,
-            objective=objective, sam=sam, after_step=after_step,
+            objective=objective, clip=clip, sam=sam, after_step=after_step,
         )  # fmt: skip
 
 

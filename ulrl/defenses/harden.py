@@ -20,7 +20,7 @@ from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
 from ulrl.models.head import find_head
 from ulrl.options import option
-from ulrl.training import Monitor, Objective, fit, make_optimizer, make_scheduler
+from ulrl.training import Monitor, Objective
 
 _NEVER = -1e4  # the logit of a class that is left out
 _LOOKS = 4  # passes over the clean images that the classes' excess is measured on
@@ -45,9 +45,9 @@ class Harden(FineTuning):
        flagged one the binary cross-entropy of it against the rest with the (mixed) labels. With corruptions,
        `hold_weight` * (cross-entropy + KL(original on the plain image || model)) on corrupted images besides.
 
-    The original is never asked about a corrupted image, and never about the flagged classes in stage 3: its soft
-    answers on them bring the backdoor back (WaNet: ASR 4 to 32), and without them they do not. Mixtures of images
-    are what holds the rest of the function, from 600 images alone.
+    No answer of the original's to a corrupted image is learnt, and none on the flagged classes but, under corruptions,
+    for their own images: with its soft answers on them to plain images and mixtures the backdoor comes back (WaNet:
+    ASR 4 to 32), without them it does not. Mixtures are what holds the rest of the function, from 600 images alone.
 
     Weights and corruptions were chosen by ASR and accuracy on four development records and a clean net (BadNets,
     Blended, WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all. It sees clean samples only.
@@ -83,7 +83,7 @@ class Harden(FineTuning):
         corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
         likeness = redraw(head, flagged if self.init else [], self.random_seed)
         self._train(model, clean, monitor, "harden", self.epochs, self.lr, corruptions,
-                    self._hardening(original, flagged, corruptions, likeness))  # fmt: skip
+                    self._hardening(original, _mask(flagged, clean), corruptions, likeness))  # fmt: skip
         neurons["excess"] = self._excess(original, model, clean, corruptions).cpu().numpy()
         evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
         named = neurons[neurons.excess > self.excess].sort_values("excess", ascending=False).index.tolist()
@@ -91,7 +91,7 @@ class Harden(FineTuning):
         if self.restore_epochs:
             hold = self.hold_weight if named else 0.0
             self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,
-                        self._restoring(original, flagged, corruptions, hold))  # fmt: skip
+                        self._restoring(original, _mask(flagged, clean), corruptions, hold))  # fmt: skip
         neurons["flagged"] = neurons.index.isin(flagged)
         return Repair(model, flagged, {**evidence, "named_by_excess": named}, {"neurons": neurons})
 
@@ -100,22 +100,21 @@ class Harden(FineTuning):
         corruptions: _Corruptions, objective: Objective,
     ) -> None:  # fmt: skip
         """A stage, in place; at its end BatchNorm's statistics are those of plain images."""
-        optimizer = make_optimizer(model, self.client_optimizer, lr, self.sgd_momentum, self.wd)
-        scheduler = make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma)
-        fit(
-            model, self.batches(clean, stage), epochs, optimizer, scheduler, monitor, stage, amp=self.amp,
-            objective=objective, clip=self.clip or None, after_step=corruptions.learning.step,
+        self.finetune(
+            model, clean, monitor, stage, epochs=epochs, lr=lr, objective=objective, clip=self.clip or None,
+            after_step=corruptions.learning.step,
         )  # fmt: skip
         statistics = self.batches(clean, f"{stage} statistics")
         update_bn((batch for _ in range(3) for batch in statistics), model)
 
     def _hardening(
-        self, original: nn.Module, flagged: list[int], corruptions: _Corruptions, likeness: Callable[[], torch.Tensor]
-    ) -> Objective:
+        self, original: nn.Module, flagged: torch.Tensor, corruptions: _Corruptions,
+        likeness: Callable[[], torch.Tensor],
+    ) -> Objective:  # fmt: skip
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
             logits = model(torch.cat([x[:plain], corruptions(x[plain:])])).float()
-            hidden = _hidden(flagged, logits, y)
+            hidden = flagged & ~flagged[y][:, None]
             told, answers = logits.masked_fill(hidden, _NEVER), original(x).float().masked_fill(hidden, _NEVER)
             loss = self.label_weight * F.cross_entropy(logits, y) + _divergence(told, answers, 1)
             kept = _divergence(told[:plain], answers[:plain], self.temperature) * plain / len(x)
@@ -140,7 +139,11 @@ class Harden(FineTuning):
                 counts += others.sum(0)
         return sums / counts.clamp_min(1)
 
-    def _restoring(self, original: nn.Module, flagged: list[int], corruptions: _Corruptions, hold: float) -> Objective:
+    def _restoring(
+        self, original: nn.Module, flagged: torch.Tensor, corruptions: _Corruptions, hold: float
+    ) -> Objective:
+        kept, left_out = (~flagged).nonzero().flatten(), flagged.nonzero().flatten()
+
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
             other, share = corruptions.draws.order(len(x)), corruptions.draws.uniform(len(x), 1, 1, 1)
@@ -149,15 +152,14 @@ class Harden(FineTuning):
             answers = original(torch.cat([inputs, under])).float()
             logits = model(torch.cat([inputs, corruptions(under) if hold else under])).float()
             told = logits[: len(inputs)]
-            kept = ~_are(flagged, logits)
             loss = self.keep_weight * _divergence(told[:, kept], answers[: len(inputs), kept], self.temperature)
-            labels = F.one_hot(y, logits.shape[1]).float()
+            labels = F.one_hot(y, len(flagged)).float()
             labels = torch.cat([labels[:plain], labels[other].lerp(labels, share.flatten(1))])
-            for k in flagged:
-                rest = told.index_fill(1, torch.tensor([k], device=x.device), _NEVER).logsumexp(1)
+            for k in left_out:
+                rest = told.index_fill(1, k, _NEVER).logsumexp(1)
                 loss = loss + F.binary_cross_entropy_with_logits(told[:, k] - rest, labels[:, k])
             if hold:
-                hidden = _hidden(flagged, logits, y[plain:])
+                hidden = flagged & ~flagged[y[plain:]][:, None]
                 heard, said = (z[len(inputs) :].masked_fill(hidden, _NEVER) for z in (logits, answers))
                 loss = loss + hold * (F.cross_entropy(logits[len(inputs) :], y[plain:]) + _divergence(heard, said, 1))
             return loss, told[plain:].detach().argmax(1) == labels[plain:].argmax(1)
@@ -181,17 +183,11 @@ class _Corruptions:
             return normalise(changed * 255, self._spec)
 
 
-def _are(flagged: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """bool [K]: the flagged of the classes of logits [B, K]."""
-    classes = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    classes[flagged] = True
-    return classes
-
-
-def _hidden(flagged: list[int], logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """bool [B, K]: the flagged classes, but for images of a flagged class."""
-    classes = _are(flagged, logits)
-    return classes & ~classes[labels][:, None]
+def _mask(classes: list[int], data: ImageSet) -> torch.Tensor:
+    """bool [K]: which of the classes of `data` these are, on its device."""
+    mask = torch.zeros(data.spec.num_classes, dtype=torch.bool, device=data.device)
+    mask[classes] = True
+    return mask
 
 
 def _divergence(logits: torch.Tensor, answers: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -16,7 +16,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from sklearn.metrics import roc_auc_score
 
 from ulrl.attacks.base import Attack
 from ulrl.configure import configure_defense, options_of
@@ -27,7 +26,7 @@ from ulrl.defenses.ulrl import ULRL
 from ulrl.errors import UserError
 from ulrl.files import home, whole_file, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
-from ulrl.metrics import TOOK, Judgement, defense_effectiveness, took
+from ulrl.metrics import TOOK, Judgement, defense_effectiveness, ranking_judgement, took
 from ulrl.multimodal.captions import SLOTS, Facts, prompts
 from ulrl.multimodal.dual_encoder import DualEncoder, classifier, contrastive, load_encoder
 from ulrl.multimodal.pairs import Pairs
@@ -221,9 +220,9 @@ def found(evidence: Evidence, poisoned: torch.Tensor) -> Evidence:
     truth = torch.isin(torch.arange(len(scores["score"])), poisoned)
     hits, most = truth[suspicious].double().mean().item(), scores["before_overfitting"].topk(len(suspicious)).indices
     return evidence | {
-        "suspicious": len(suspicious), "precision": hits, "auroc": float(roc_auc_score(truth, scores["score"])),
+        "suspicious": len(suspicious), "precision": hits, "auroc": ranking_judgement(scores["score"], truth).auroc,
         "precision_before_overfitting": truth[most].double().mean().item(),
-        "auroc_before_overfitting": float(roc_auc_score(truth, scores["before_overfitting"])),
+        "auroc_before_overfitting": ranking_judgement(scores["before_overfitting"], truth).auroc,
     }  # fmt: skip
 
 
