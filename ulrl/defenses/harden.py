@@ -92,7 +92,6 @@ class Harden(FineTuning):
             hold = self.hold_weight if named else 0.0
             self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,
                         self._restoring(original, _mask(flagged, clean), corruptions, hold))  # fmt: skip
-        neurons["flagged"] = neurons.index.isin(flagged)
         return Repair(model, flagged, {**evidence, "named_by_excess": named}, {"neurons": neurons})
 
     def _train(
