@@ -51,4 +51,4 @@ def draw_captions(folder: Path) -> None:
         ax.set_xlabel("\n\n".join(found), fontsize=8)
     figure.suptitle("Triggered images: what is there, and the captions found nearest", fontsize=10)
     with whole_file(folder / "captions.png") as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=110, format="png", bbox_inches="tight")  # with the captions below
