@@ -29,9 +29,9 @@ from ulrl.sweep import scheduler
 from ulrl.sweep.jobs import State
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in pages.FOLDER.glob("*.py")))
-def test_every_script_still_finds_what_it_imports(name: str) -> None:
-    importlib.import_module("bench" if name == "__init__" else f"bench.{name}")
+@pytest.mark.parametrize("path", sorted(p.relative_to(pages.FOLDER) for p in pages.FOLDER.rglob("*.py")), ids=str)
+def test_every_script_still_finds_what_it_imports(path: Path) -> None:
+    importlib.import_module(".".join(["bench", *path.with_suffix("").parts]).removesuffix(".__init__"))
 
 
 def test_an_interval_is_students() -> None:

@@ -1,7 +1,9 @@
-"""What a stranger's record, or an archive unpacked over `record/`, may hold beside the record; files that attacks read."""
+"""What a stranger's record, or an archive unpacked over `record/`, may hold beside the record; files and data sets that
+attacks read."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -141,6 +143,25 @@ def _png() -> bytes:
     return content.getvalue()
 
 
+def data_sets() -> Iterator[Case]:
+    mnist = [*TINY[:2], "--dataset", "mnist", "--dataset_path", "data", *TINY[4:]]
+
+    def case(name: str, file: str, make: Callable[[Path], object], word: str) -> Case:
+        def plant(place: Place) -> None:
+            raw = place.home / "data" / "mnist" / "MNIST" / "raw"
+            raw.mkdir(parents=True)
+            make(raw / file)
+
+        return Case(f"data set {name}", plant, mnist, (file, word))
+
+    zeros = gzip.compress(bytes(32 << 20), compresslevel=1)
+    images, labels = "train-images-idx3-ubyte", b"\0\0\x08\1\x7f\xff\xff\xff"
+    yield case("of 6 GB in a small .gz", f"{images}.gz", lambda f: put(f, zeros * 200), "bytes")
+    yield case("of a terabyte", images, lambda f: sparse(f, b"\0\0\x08\3", 1 << 40), "bytes, more")
+    yield case("of a terabyte, gzipped", f"{images}.gz", lambda f: sparse(f, zeros[:10], 1 << 40), "bytes, more")
+    yield case("whose header promises 2^31 labels", images, lambda f: put(f, labels), "damaged")
+
+
 def outputs() -> Iterator[Case]:
     def link(place: Place) -> None:
         fabricated.write(place.home / "results/g/defense/u", fabricated.result())
@@ -153,4 +174,4 @@ def outputs() -> Iterator[Case]:
                    exits=(0,), slow=argv[0] == "report")  # fmt: skip
 
 
-CASES = [*kept(), *sweeps(), *unfinished(), *pictures(), *outputs()]
+CASES = [*kept(), *sweeps(), *unfinished(), *pictures(), *data_sets(), *outputs()]

@@ -26,6 +26,7 @@ from ulrl.errors import UserError
 from ulrl.files import find_input
 from ulrl.registry import nearest
 from ulrl.seeds import generator
+from ulrl.untrusted.opening import opened
 
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -63,6 +64,7 @@ DATASETS = (*SPECS, "folder")
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+LARGEST_IDX = 16 + 60_000 * 28 * 28  # bytes of the largest file of MNIST and of Fashion-MNIST: header, training images
 
 
 def dataset_spec(name: str, dataset_path: str = "./data", img_size: Sequence[int] = ()) -> DatasetSpec:
@@ -153,12 +155,19 @@ def _read_mnist(folder: Path) -> tuple[Split, Split]:
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
-    """An IDX file of unsigned bytes, gzipped or not (magic 0x0000 08 ndim, big-endian sizes, bytes)."""
+    """An IDX file of unsigned bytes, gzipped or not (magic 0x0000 08 ndim, big-endian sizes, bytes).
+
+    Raises:
+        UserError: it is missing, damaged, no plain file, or larger than any of the two sets'.
+    """
     path = _idx_file(folder, name)
     if path is None:
         raise UserError(f"{folder / name} is missing; remove {folder} to have it downloaded again")
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with opened(path, LARGEST_IDX) as file, gzip.open(file) if path.suffix == ".gz" else file as bare:
+            content = bare.read(LARGEST_IDX + 1)
+        if len(content) > LARGEST_IDX:  # a small .gz can hold any number of bytes
+            raise UserError(f"{path} holds more than {LARGEST_IDX} bytes, those of 60,000 images; is it another file?")
         ndim = content[3]
         shape = np.frombuffer(content, ">i4", ndim, 4)
         if content[:3] != b"\0\0\x08" or len(content) != 4 + 4 * ndim + math.prod(map(int, shape)):
