@@ -117,7 +117,7 @@ def test_show_says_what_a_record_holds(tiny_home: Path, capsys: pytest.CaptureFi
     assert left.value.code == 0
     said = capsys.readouterr().out
     result = json.loads((tiny_home / "record" / "tiny" / "defense" / "ft" / "result.json").read_text())
-    for word in ("badnet, target 0", "digits, 10 classes", "no defense", "trigger_preview.png", "ft"):
+    for word in ("badnet, target 0", "digits, 10 classes", "no defense", "trigger_preview.png", "ft", "as the files"):
         assert word in said
     for row in ("before", "after"):
         assert f"{100 * result[row]['acc']:.2f}" in said
@@ -149,6 +149,9 @@ def test_a_records_repair_in_one_line(tiny_home: Path) -> None:
     assert result.model(normalise(images.images[:2], images.spec)).shape == (2, 10)
     again = ulrl.purify_record("tiny", method="ft", epochs=1, device="cpu", ratio=0.1, progress=False)
     assert again.report == written
+    assert (result.found, again.found) == (False, True)
+    assert "found in the record" in repr(again)
+    assert "found in the record" not in repr(result)
     with pytest.raises(ulrl.UserError, match="--overwrite"):
         ulrl.purify_record("tiny", method="ft", epochs=2, device="cpu", ratio=0.1, progress=False)
 

@@ -316,7 +316,10 @@ def test_comparison_runs_each_defense_with_each_seed_once(
             main(command)
         assert left.value.code == 0
         tables.append(capsys.readouterr().out)
-    assert tables[0] == tables[1], "the second time, seconds and all come from the files"
+    rows = tables[0].splitlines()
+    assert tables[1].splitlines()[: len(rows)] == rows, "the second time, seconds and all come from the files"
+    assert "4 of 4 runs lay in the record already" in " ".join(tables[1].split()), "which may be a stranger's"
+    assert "already" not in tables[0]
     runs = {p.parent.name: json.loads(p.read_text()) for p in backdoored.folder.glob("defense/*_seed?/result.json")}
     assert set(runs) == {f"{name}_0.1_seed{seed}" for name in ("ft", "fst") for seed in (0, 1)}
     asr = [100 * runs[f"ft_0.1_seed{seed}"]["after"]["asr"] for seed in (0, 1)]

@@ -22,15 +22,22 @@ from ulrl.untrusted.texts import read_csv
 
 @dataclass(frozen=True, repr=False)
 class PurifiedRecord(Purified):
-    """As `ulrl.Purified`, and `folder`, where it was written. report: the run's `result.json`, with ACC, ASR and RA."""
+    """As `ulrl.Purified`, and `folder`, where it was written. report: the run's `result.json`, with ACC, ASR and RA.
+
+    found: it lay in the record already and was not run now, so all of it is the word of whoever made that.
+    """
 
     folder: Path
+    found: bool
 
     def summary(self) -> str:
         """The table that the command line prints."""
         text = io.StringIO()
         Console(file=text, width=100).print(result_table(self.report))
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        return "\n".join(
+            [*lines, "found in the record, and not run now; overwrite=True runs it"] if self.found else lines
+        )
 
     __repr__ = summary
 
@@ -57,4 +64,6 @@ def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = 
     tables = {file.stem: read_csv(file, inside) for file in folder.glob("*.csv")}
     tables = {name: table.set_index(table.columns[0]) for name, table in tables.items()}
     history = tables.pop(f"{method}_df").reset_index()
-    return PurifiedRecord(model, result["flagged"], tables.pop("neurons", None), result, history, tables, folder)
+    return PurifiedRecord(
+        model, result["flagged"], tables.pop("neurons", None), result, history, tables, folder, not now
+    )

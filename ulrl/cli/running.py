@@ -99,7 +99,7 @@ def compare(argv: Sequence[str]) -> None:
     from ulrl.report.tables import comparison_table
     from ulrl.runs.defending import run_once
 
-    record, results = load_record(folder), []
+    record, results, found = load_record(folder), [], 0
     for seed in range(comparison.seeds):
         for name in names:
             defense, _, run = _on(record, name, {**shared, "random_seed": seed})
@@ -108,7 +108,9 @@ def compare(argv: Sequence[str]) -> None:
             results.append(check_result(folder / "result.json"))
             if now:
                 draw(folder)
-    print_table(comparison_table(record.name, results))
+            else:
+                found += 1
+    print_table(comparison_table(record.name, results, found))
 
 
 def sweep(argv: Sequence[str]) -> None:

@@ -80,7 +80,8 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
     about = Table.grid(padding=(0, 2))
     about.add_row("planted", escape(printable(planted)))
     about.add_row("on", escape(printable(f"{record.dataset}, {record.num_classes} classes, {record.model_name}")))
-    table = Table(title=escape(printable(record.name)), title_style="bold")
+    caption = "as the files in the record say; nothing was run now"
+    table = Table(title=escape(printable(record.name)), title_style="bold", caption=caption)
     for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
         table.add_column(column, justify="right" if column.endswith("%") else "left")
     for run in runs:
@@ -108,17 +109,22 @@ def flagged_text(flagged: Sequence[int], target: int | None) -> str:
     return f"{named} (the target)" if len(flagged) == 1 else f"{named} (target {target} among them)"
 
 
-def comparison_table(record: str, results: list[dict[str, Any]]) -> Table:
+def comparison_table(record: str, results: list[dict[str, Any]], found: int) -> Table:
     """Defenses on one record: mean and sample standard deviation over their runs, the best in bold.
 
-    results: `result.json` of each run; what they were run on comes first, from the first of them.
+    results: `result.json` of each run; what they were run on comes first, from the first of them. found: how many
+    were not run now. They may have come with a stranger's record, so that is said below.
     """
     runs = frame_of(results)
     before = runs.iloc[:1].assign(
         kind="attack", defense=NO_DEFENSE, settings="", der=math.nan, seconds=math.nan, **results[0]["before"]
     )
     summary = summarise(pd.concat([before, runs])[list(runs.columns)], "defense")
-    return summary_table(summary, f"defenses on {record}")
+    table = summary_table(summary, f"defenses on {record}")
+    if found:
+        lay = f"{found} of {len(results)} runs lay in the record already, and are the word of whoever made them"
+        table.caption = f"{table.caption}\n{lay}; --overwrite runs them again"
+    return table
 
 
 def summary_table(summary: pd.DataFrame, title: str) -> Table:
