@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import ulrl
@@ -154,6 +158,36 @@ def test_a_records_repair_in_one_line(tiny_home: Path) -> None:
     assert "found in the record" not in repr(result)
     with pytest.raises(ulrl.UserError, match="--overwrite"):
         ulrl.purify_record("tiny", method="ft", epochs=2, device="cpu", ratio=0.1, progress=False)
+
+
+def test_a_run_that_is_killed_at_its_pictures_is_not_there_and_one_without_them_is(
+    tiny_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"method": "ft", "epochs": 1, "device": "cpu", "ratio": 0.1, "progress": False}
+    folder = tiny_home / "record" / "tiny" / "defense" / "ft"
+
+    def killed(place: Path) -> None:
+        (place / ".acc_asr.png.1234.partial").write_text("half a picture")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def failing(place: Path) -> None:
+        raise OSError("no room for a picture")
+
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)
+            monkeypatch.setattr("ulrl.own_record.draw", killed)
+            ulrl.purify_record("tiny", **given)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not folder.exists()
+    result = ulrl.purify_record("tiny", **given)
+    assert (result.found, (folder / "acc_asr.png").is_file()) == (False, True)
+    assert not list(folder.parent.rglob("*.partial")), "what the killed one left"
+
+    monkeypatch.setattr("ulrl.own_record.draw", failing)
+    assert ulrl.purify_record("tiny", **given, random_seed=1, overwrite=True).report["seed"] == 1
+    assert "no room for a picture" in caplog.text
 
 
 def test_a_record_may_be_named_by_its_path(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

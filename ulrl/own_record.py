@@ -54,10 +54,8 @@ def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = 
     opened = find_record(str(record), "record")
     given = defense_schema(method).check(options, f"the options of {method}")
     defense, run = configure_defense(method, given, opened.dataset, opened.model_name, quiet=True)
-    folder, now = run_once(defense, opened, run, bar=progress)
+    folder, now = run_once(defense, opened, run, bar=progress, draw=draw)
     result = check_result(folder / "result.json")
-    if now:
-        draw(folder)
     weights = load_defense_result(folder, opened)
     model = load_model(opened.model_name, opened.num_classes, weights, opened.img_size[2])
     inside = opened.folder.resolve()

@@ -31,7 +31,7 @@ def attack(argv: Sequence[str]) -> None:
     from ulrl.configure import AttackRun, configure_attack
     from ulrl.runs.attacking import run_attack
 
-    _report(*run_attack(*configure_attack(name, flags, AttackRun)))
+    _report(*run_attack(*configure_attack(name, flags, AttackRun), draw=_draw))
 
 
 def preview(argv: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ def defense(argv: Sequence[str]) -> None:
     from ulrl.record import load_record
     from ulrl.runs.defending import run_defense
 
-    _report(*run_defense(*_on(load_record(folder), name, flags)))
+    _report(*run_defense(*_on(load_record(folder), name, flags), draw=_draw))
 
 
 def _on(record: Record, name: str, flags: Mapping[str, Any]) -> tuple[Defense, Record, DefenseRun]:
@@ -94,7 +94,6 @@ def compare(argv: Sequence[str]) -> None:
     folder = record_folder(named)
     same_bits()
     from ulrl.record import load_record
-    from ulrl.report.pictures import draw
     from ulrl.report.results import check_result
     from ulrl.report.tables import comparison_table
     from ulrl.runs.defending import run_once
@@ -104,12 +103,9 @@ def compare(argv: Sequence[str]) -> None:
         for name in names:
             defense, _, run = _on(record, name, {**shared, "random_seed": seed})
             run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
-            folder, now = run_once(defense, record, run)
+            folder, now = run_once(defense, record, run, draw=_draw)
             results.append(check_result(folder / "result.json"))
-            if now:
-                draw(folder)
-            else:
-                found += 1
+            found += not now
     print_table(comparison_table(record.name, results, found))
 
 
@@ -127,11 +123,15 @@ def sweep(argv: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def _report(folder: Path, result: dict[str, Any]) -> None:
-    from ulrl.report.pictures import draw
-    from ulrl.report.tables import result_table
+def _draw(folder: Path) -> None:
+    from ulrl.report.pictures import draw  # matplotlib takes its time to import, and is needed last
 
     draw(folder)
+
+
+def _report(folder: Path, result: dict[str, Any]) -> None:
+    from ulrl.report.tables import result_table
+
     print_table(result_table(result))
     with contextlib.suppress(ValueError):  # not below the current directory: keep it absolute
         folder = folder.relative_to(Path.cwd())

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ from ulrl.runs.common import (
     test_row,
     timed_judge,
     write_index,
-    write_json,
+    write_result,
 )
 from ulrl.seeds import generator, global_stream
 from ulrl.training import Monitor, TrainOptions
@@ -79,11 +80,12 @@ class TriggerSample:
 
 
 def run_attack(
-    attack: Attack, run: AttackRun, training: TrainOptions, *, bar: bool = True
-) -> tuple[Path, dict[str, Any]]:
+    attack: Attack, run: AttackRun, training: TrainOptions, *, bar: bool = True,
+    draw: Callable[[Path], object] | None = None,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
     """Train a backdoored model and write its record: the record's folder and its `result.json`.
 
-    Nothing appears under that name before all of it is there.
+    Nothing appears under that name before all of it is there, and the pictures that `draw` makes of it.
 
     Raises:
         UserError: bad options, data that is not there, a record of that name.
@@ -172,7 +174,7 @@ def run_attack(
             },
             "environment": environment(device),
         }  # fmt: skip
-        write_json(folder / "result.json", result)
+        write_result(folder, result, draw)
     return final, result
 
 

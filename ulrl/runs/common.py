@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import LineFormatter
 from ulrl.metrics import Judgement
 from ulrl.training import Monitor, judge
+
+log = logging.getLogger(__name__)
 
 SAMPLES_FILE = "trigger_samples.npz"  # in a record: some test images, clean and triggered
 
@@ -66,6 +68,17 @@ def write_index(path: Path, index: torch.Tensor) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_result(folder: Path, result: dict[str, Any], draw: Callable[[Path], object] | None) -> None:
+    """`result.json`, and what `draw` makes of the folder. It has its temporary name yet, so that a kill leaves neither
+    a run without its pictures nor a part of one. No picture is worth the run: one that fails is only told."""
+    write_json(folder / "result.json", result)
+    if draw is not None:
+        try:
+            draw(folder)
+        except Exception as error:
+            log.warning("some pictures are missing: %s: %s", type(error).__name__, error)
 
 
 class _LogFile(logging.FileHandler):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ulrl.runs.common import (
     stage_seconds,
     timed_judge,
     write_index,
-    write_json,
+    write_result,
 )
 from ulrl.runs.given import check_named, clean_index, result_options, results_folder
 from ulrl.runs.judgements import kept
@@ -48,11 +49,14 @@ ON_EMPTY = {
 }
 
 
-def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, dict[str, Any]]:
+def run_defense(
+    defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True, draw: Callable[[Path], object] | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Repair the model of a record and judge it: the folder of the results and its `result.json`.
 
     The defense is given the model and the clean samples (or, where it works in training, the poisoned
     training set as it is, without a word on which samples are poisoned); the test sets stay here.
+    draw: makes pictures of what was written, before it has its name.
 
     Raises:
         UserError: bad options, a record that does not fit them or its data, data that is not there.
@@ -120,11 +124,13 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
             )
         if run.report_oracle:
             result["oracle"] = _oracle(repair, before, clean_test, poisoned_test, defense, folder)
-        write_json(folder / "result.json", result)
+        write_result(folder, result, draw)
     return final, result
 
 
-def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True) -> tuple[Path, bool]:
+def run_once(
+    defense: Defense, record: Record, run: DefenseRun, *, bar: bool = True, draw: Callable[[Path], object] | None = None
+) -> tuple[Path, bool]:
     """As `run_defense`, or not at all where such a run with the same options is there: its folder, and whether it was
     run now.
 
@@ -140,7 +146,7 @@ def run_once(defense: Defense, record: Record, run: DefenseRun, *, bar: bool = T
             if result["options"] == json.loads(json.dumps(result_options(defense, run))):
                 log.info("%s is there already, and was not run again", folder)
                 return folder, False
-    return run_defense(defense, record, run, bar=bar)[0], True
+    return run_defense(defense, record, run, bar=bar, draw=draw)[0], True
 
 
 def _target(poisoned: PoisonedSet) -> int | None:

@@ -93,7 +93,7 @@ class AttackJob(Job):
 
     def work(self) -> None:
         run = replace(self.run, save_folder_name=self.folder.name)
-        draw(run_attack(self.attack, run, self.training, bar=False)[0])
+        run_attack(self.attack, run, self.training, bar=False, draw=draw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class DefenseJob(Job):
     def work(self) -> None:
         assert self.needs is not None
         run = replace(self.run, result_file=self.needs, save_folder_name=self.folder.name, overwrite=True)
-        draw(run_defense(self.defense, find_record(self.needs), run, bar=False)[0])
+        run_defense(self.defense, find_record(self.needs), run, bar=False, draw=draw)
 
 
 def sweep_folder() -> Path:
