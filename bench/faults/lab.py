@@ -16,8 +16,8 @@ from bench.faults.units import half_written, units
 
 CPU = ["--device", "cpu"]
 TINY = ["attack", "badnet", "--dataset", "digits", "--width", "4", "--save_folder_name", "tiny", *CPU]
-GRID = """attacks: {attack: badnet, dataset: digits, width: 4, epochs: 1, device: cpu, seeds: 2}
-defenses: {defense: ft, epochs: 1, ratio: 0.1, device: cpu}
+GRID = """attacks: {attack: badnet, dataset: digits, width: 4, epochs: 1, device: cpu}
+defenses: {defense: ft, epochs: [1, 2], ratio: 0.1, device: cpu}
 """
 NET = """import torch
 def net():
@@ -29,7 +29,7 @@ COMMANDS = {
     "attack": [*TINY, "--epochs", "2", "--overwrite"],
     "defense": ["defense", "ft", "--result_file", "tiny", "--epochs", "3", "--ratio", "0.1", *CPU],
     "sweep": ["sweep", "sweep.yaml"],
-    "compare": ["compare", "tiny", "--defenses", "ft,fp", "--seeds", "2", "--ratio", "0.1", *CPU],
+    "compare": ["compare", "tiny", "--defenses", "ft,clp", "--seeds", "2", "--ratio", "0.05", *CPU],
     "cache": [*PURIFY, "--check"],
 }
 LONG = {  # to be stopped
@@ -56,7 +56,7 @@ class Lab:
         self.base = self.folder / "base"
         (self.base / "photos").mkdir(parents=True)
         (self.base / "sweep.yaml").write_text(GRID)
-        (self.base / "long.yaml").write_text(GRID.replace("epochs: 1", "epochs: 5000"))
+        (self.base / "long.yaml").write_text(GRID.replace("epochs: 1,", "epochs: 5000,"))
         (self.base / "net.py").write_text(NET)
         for name, light in (("cat", 0), ("dog", 128)):
             (self.base / "photos" / name).mkdir()
@@ -98,6 +98,7 @@ class Lab:
 
     def row(self, fault: str, what: str, times: int, lost: list[str], note: str = "") -> None:
         text = "; ".join(lost).replace(str(self.folder), "")[:300] or note
-        self.rows[:] = [row for row in self.rows if (row["fault"], row["command"]) != (fault, what)]
+        same = [row for row in self.rows if (row["fault"], row["command"]) == (fault, what) and "mended" not in row]
+        self.rows[:] = [row for row in self.rows if row not in same]
         self.rows.append({"fault": fault, "command": what, "times": times, "lost": len(lost), "note": text})
         print(f"{fault:32} {what:10} {times:3} times, {len(lost)} lost {text}", flush=True)

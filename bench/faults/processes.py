@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -12,12 +13,18 @@ import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 from ulrl.cli import main as ulrl
-from ulrl.cli import own, running, showing  # noqa: F401 - before the forks
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORTED = (  # before the forks, so that the moments of a kill fall into the work
+    "ulrl.cli.own", "ulrl.cli.running", "ulrl.cli.showing", "ulrl.sweep.jobs", "ulrl.report.pictures",
+    "ulrl.report.tables", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo",
+)  # fmt: skip
+for name in IMPORTED:
+    importlib.import_module(name)
 
 
 @dataclass
@@ -38,7 +45,8 @@ class Process:
 
 
 def environment(home: Path) -> dict[str, str]:
-    return {"ULRL_HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+    cache = str(home / "cache")
+    return {"ULRL_HOME": str(home), "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def forked(argv: list[str], home: Path, first: Callable[[], object] = lambda: None) -> Process:
@@ -54,6 +62,8 @@ def forked(argv: list[str], home: Path, first: Callable[[], object] = lambda: No
             os.environ.update(environment(home))
             os.chdir(home)
             sys.modules["__main__"] = types.ModuleType("__main__")  # which a sweep's processes would import
+            forkserver.set_forkserver_preload(list(IMPORTED))
+            forkserver.set_forkserver_preload = lambda names: None
             first()
             ulrl(argv)
         except SystemExit as left:
@@ -71,7 +81,7 @@ def started(argv: list[str], home: Path) -> Process:
     err = Path(tempfile.mkstemp(dir=home.parent)[1])
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from ulrl.cli import main; main(sys.argv[1:])", *argv], cwd=home,
-        env=os.environ | environment(home) | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        env=os.environ | environment(home), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=err.open("w"),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
