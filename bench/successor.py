@@ -137,7 +137,7 @@ def goal(runs: pd.DataFrame) -> str:
     seeds = runs.groupby("record").seed.nunique()
     counted = "-".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     lost = _met(short[clean].acc, f"at most {CLEAN_LOSS:g}", CLEAN_LOSS)
-    return f"**Of {(~clean).sum()} backdoored nets, {counted} seeds each, points off: {'; '.join(parts)}. Clean nets: {lost}.**"
+    return f"**Of {(~clean).sum()} backdoored nets, {counted} seeds each: {'; '.join(parts)}. Clean nets: {lost}.**"
 
 
 def _met(excess: pd.Series, words: str, allowed: float) -> str:

@@ -113,12 +113,12 @@ def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> N
         return {"record": record, "variant": "harden", "asr": asr, "ra": ra, "acc": acc, "seed": seed,
                 "acc_before": 0.9, "clean_asr": 0.02, "clean_ra": 0.85}  # fmt: skip
 
-    runs = [run("lf", 0.01, 0.85, 0.895, 0), run("lf", 0.03, 0.83, 0.885, 1), run("sig", 0.4, 0.5, 0.87, 0)]
+    runs = [run("lf", 0.01, 0.85, 0.895, 0), run("lf", 0.03, 0.83, 0.889, 1), run("sig", 0.4, 0.5, 0.87, 0)]
     said = goal(pd.DataFrame([*runs, run("clean0", None, None, 0.89, 0), run("clean1", None, None, 0.9, 0)]))
     assert "Of 2 backdoored nets, 1-2 seeds each" in said
     assert "ASR within 1 point of a clean net's: 1 of 2 (+19.0 in the mean, +38.0 at worst, sig)" in said
     assert "RA within 5 points of it: 1 of 2 (+18.0 in the mean, +35.0 at worst, sig)" in said
-    assert "at most 1 point of ACC lost: 1 of 2 (+2.0 in the mean, +3.0 at worst, sig)" in said
+    assert "at most 1 point of ACC lost: 1 of 2 (+1.9 in the mean, +3.0 at worst, sig)" in said
     assert "Clean nets: at most 0.5: 1 of 2 (+0.5 in the mean, +1.0 at worst, clean0)" in said
 
 
