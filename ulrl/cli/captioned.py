@@ -33,7 +33,6 @@ def clip(argv: Sequence[str]) -> None:
     from ulrl.training import TrainOptions
 
     classes = ATTACKS[settings.values.get("attack", run.attack)], ClipRun, TrainOptions, Repairing
-    folder, result = run_clip(*map(settings.build, classes))
-    draw_captions(folder)
+    folder, result = run_clip(*map(settings.build, classes), draw=draw_captions)
     print_table(clip_table(result))
     print_path(folder)

@@ -33,7 +33,7 @@ from ulrl.multimodal.pairs import Pairs
 from ulrl.multimodal.poisoning import check_attack, poison_pairs
 from ulrl.multimodal.repairs import Evidence, Repairing, finetune, ubt, ulrl
 from ulrl.options import option
-from ulrl.runs.common import log_file, stage_seconds, write_index, write_json
+from ulrl.runs.common import log_file, stage_seconds, write_index, write_json, write_result
 from ulrl.seeds import generator
 from ulrl.training import Monitor, TrainOptions, accuracy, fit, judge
 
@@ -91,11 +91,12 @@ class TestSet:
 
 
 def run_clip(
-    attack: Attack, run: ClipRun, training: TrainOptions, how: Repairing, *, bar: bool = True
-) -> tuple[Path, dict[str, Any]]:
+    attack: Attack, run: ClipRun, training: TrainOptions, how: Repairing, *, bar: bool = True,
+    draw: Callable[[Path], object] | None = None,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
     """Train, judge and repair: the folder of the results and its `result.json`.
 
-    Nothing appears under that name before all of it is there.
+    Nothing appears under that name before all of it is there, and the picture that `draw` makes of it.
 
     Raises:
         UserError: bad options, data that is not there, a folder of that name.
@@ -176,7 +177,7 @@ def run_clip(
             "clean": reference[1], "before": before[1], "took": took(before[0]), "repairs": results,
             "seconds": stage_seconds(monitor, start), "peak_memory_mb": peak.mb(), "environment": environment(device),
         }  # fmt: skip
-        write_json(folder / "result.json", result)
+        write_result(folder, result, draw)
     return final, result
 
 
