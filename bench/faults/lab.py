@@ -29,7 +29,7 @@ COMMANDS = {
     "attack": [*TINY, "--epochs", "2", "--overwrite"],
     "defense": ["defense", "ft", "--result_file", "tiny", "--epochs", "3", "--ratio", "0.1", *CPU],
     "sweep": ["sweep", "sweep.yaml"],
-    "compare": ["compare", "tiny", "--defenses", "ft,clp", "--seeds", "2", "--ratio", "0.05", *CPU],
+    "compare": ["compare", "tiny", "--defenses", "ft,clp", "--ratio", "0.05", *CPU],
     "cache": [*PURIFY, "--check"],
 }
 LONG = {  # to be stopped

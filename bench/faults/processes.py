@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import traceback
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 
 from ulrl.cli import main as ulrl
@@ -61,9 +60,8 @@ def forked(argv: list[str], home: Path, first: Callable[[], object] = lambda: No
             os.dup2(os.open(err, os.O_WRONLY), 2)
             os.environ.update(environment(home))
             os.chdir(home)
-            sys.modules["__main__"] = types.ModuleType("__main__")  # which a sweep's processes would import
-            forkserver.set_forkserver_preload(list(IMPORTED))
-            forkserver.set_forkserver_preload = lambda names: None
+            context = multiprocessing.get_context("fork")  # for a sweep's jobs, too
+            multiprocessing.get_context = lambda method=None: context
             first()
             ulrl(argv)
         except SystemExit as left:
