@@ -2,7 +2,8 @@
 
 Makes up a Tiny-ImageNet (64x64 JPEG files of noise over a gradient, 500 per class to train on and 50 to
 test), loads it in fresh processes, and prints the seconds of each `load_dataset`, without the import of
-torch, the process's greatest memory until then, and the seconds of reading every image afterwards. bench/results/dataset_start.txt holds a run.
+torch, the process's greatest memory until then, and the seconds of reading every image afterwards.
+bench/results/dataset_start.txt holds a run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ copy = train.images.clone()
 read = clocks()
 said = ["{:.2f} s ({:.2f} s of CPU)".format(*(b - a for a, b in zip(*pair)))
         for pair in ((start, loaded), (loaded, read))]
-print(f"{len(train)} + {len(test)} images, {whole:.0f} MiB: load_dataset {said[0]} with {memory:.0f} MiB, then a copy of the training images {said[1]}")
+print(f"{len(train)} + {len(test)} images, {whole:.0f} MiB: load_dataset {said[0]} with {memory:.0f} MiB,",
+      f"then a copy of the training images {said[1]}")
 """
 
 
