@@ -125,6 +125,37 @@ def test_ban_trains_the_weights_and_leaves_a_plain_model() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
 
 
+class Dormant(nn.Module):
+    """Reads the class off the one bright pixel of the first ten. Pixel 20 stays just below what would mean class 7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, 10)
+        with torch.no_grad():
+            self.norm.weight[20], self.norm.bias[20] = 0.3, -1.2
+            self.linear.weight.copy_(torch.eye(64)[:10])
+            self.linear.weight[7, 20] = 100
+            self.linear.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(F.leaky_relu(self.norm(x.flatten(1))))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ban_names_the_class_that_noise_on_the_neurons_brings_out(seed: int) -> None:
+    images = torch.zeros(24, 64, dtype=torch.uint8)
+    images[:, 20] = 128
+    images[torch.arange(24), torch.arange(24) % 10] = 255
+    clean = ImageSet(images.view(24, 1, 8, 8), torch.arange(24) % 10, SPECS["digits"])
+    flagged = [
+        DEFENSES["ban"](batch_size=8, amp=False, epochs=1, lr=0.0, random_seed=seed, noise_eps=eps)
+        .run(Dormant(), clean, Monitor()).flagged
+        for eps in (0.3, 0.0)
+    ]  # fmt: skip
+    assert flagged[0] == [7]
+    assert 7 not in flagged[1], "without noise it sleeps"
+
+
 def test_nft_multiplies_masks_into_the_scales_and_trains_nothing_else() -> None:
     before, model = net(), net()
     masks = repair("nft", model, steps=30, lr=0.5, penalty=0.0).tables["masks"]["mask"]
