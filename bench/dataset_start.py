@@ -2,7 +2,8 @@
 
 Makes up a Tiny-ImageNet (64x64 JPEG files of noise over a gradient, 500 per class to train on and 50 to
 test), loads it in fresh processes, and prints the seconds of each `load_dataset`, without the import of
-torch, and of reading every image afterwards. bench/results/dataset_start.txt holds a run.
+torch, the process's greatest memory until then, and the seconds of reading every image afterwards.
+bench/results/dataset_start.txt holds a run.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 LOAD = """
-import sys, time
+import resource, sys, time
 from ulrl.data.datasets import load_dataset
 def clocks(): return time.perf_counter(), time.process_time()
 start = clocks()
 train, test = load_dataset("tiny", sys.argv[1])
-loaded = clocks()
+loaded, memory = clocks(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+whole = (train.images.numel() + test.images.numel()) / 2**20
 copy = train.images.clone()
 read = clocks()
 said = ["{:.2f} s ({:.2f} s of CPU)".format(*(b - a for a, b in zip(*pair)))
         for pair in ((start, loaded), (loaded, read))]
-print(f"{len(train)} + {len(test)} images: load_dataset {said[0]}, then a copy of the training images {said[1]}")
+print(f"{len(train)} + {len(test)} images, {whole:.0f} MiB: load_dataset {said[0]} with {memory:.0f} MiB,",
+      f"then a copy of the training images {said[1]}")
 """
 
 

@@ -118,6 +118,34 @@ def table(runs: pd.DataFrame) -> Iterator[str]:
         )
 
 
+GOAL = (  # in words, column of `goal`, what is allowed in points
+    ("ASR within 1 point of a clean net's", "asr", 1.0),
+    ("RA within 5 points of it", "ra", 5.0),
+    ("at most 1 point of ACC lost", "acc", 1.0),
+)
+CLEAN_LOSS = 0.5
+
+
+def goal(runs: pd.DataFrame) -> str:
+    """Which parts of the goal Harden meets, over records, each the mean of its seeds: counts, mean and worst."""
+    runs = runs[runs.variant == "harden"]
+    short = pd.DataFrame({
+        "record": runs.record, "asr": runs.asr - runs.clean_asr, "ra": runs.clean_ra - runs.ra,
+        "acc": runs.acc_before - runs.acc,
+    }).groupby("record").mean() * 100  # fmt: skip
+    clean = short.asr.isna()
+    parts = [_met(short[~clean][key], words, allowed) for words, key, allowed in GOAL]
+    seeds = runs.groupby("record").seed.nunique()
+    counted = "-".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
+    lost = _met(short[clean].acc, f"at most {CLEAN_LOSS:g}", CLEAN_LOSS)
+    return f"**Of {(~clean).sum()} backdoored nets, {counted} seeds each: {'; '.join(parts)}. Clean nets: {lost}.**"
+
+
+def _met(excess: pd.Series, words: str, allowed: float) -> str:
+    met = f"{(excess <= allowed).sum()} of {len(excess)}"
+    return f"{words}: {met} ({excess.mean():+.1f} in the mean, {excess.max():+.1f} at worst, {excess.idxmax()})"
+
+
 def front(runs: pd.DataFrame) -> Iterator[str]:
     """For the project's front page: a line per record that both methods repaired, ASR / RA / change of ACC."""
     yield "| attack | a clean net | none | ULRL | Harden |"
@@ -167,6 +195,7 @@ def main() -> None:
     files = sorted((home() / "successor").glob("*.json"))
     runs = pd.DataFrame([json.loads(file.read_text()) for file in files])
     write_csv(RESULTS / "successor.csv", runs)
+    write_block("goal", [goal(runs)], PAGE)
     write_block("successor", list(table(runs)), PAGE)
     write_block("results", list(front(runs)), FRONT)
 

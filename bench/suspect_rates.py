@@ -6,16 +6,19 @@ Trains small models, half of them backdoored, each with a seed of its own, and a
 options: on 10,000 images of Fashion-MNIST (PreAct-ResNet18 of width 8, 4 epochs; 600 clean images) and on the digits
 (width 16, 10 epochs, the shipped options; 200 clean images). No threshold of `suspect` was set on any of them.
 A backdoor that did not take (ASR below 0.9) is no backdoor to be found, and its row says so. Models that are there are
-kept, in $ULRL_HOME/record/verdict_*, so a stopped run goes on where it was.
+kept, in $ULRL_HOME/record/verdict_*, so a stopped run goes on where it was. With --records the models are those of
+records that are there, such as the bench's victims, and the others' rows stay.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -23,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ulrl  # noqa: E402
+from bench.pages import write_csv  # noqa: E402
 from ulrl.attacks.base import ATTACKS  # noqa: E402
 from ulrl.configure import AttackRun  # noqa: E402
 from ulrl.data.batches import normalise  # noqa: E402
@@ -57,49 +61,62 @@ MODELS = [
 TOOK = 0.9
 
 
-def main() -> None:
-    rows = []
-    for dataset, attack, target, seed in MODELS:
-        run, training, ratio = DATASETS[dataset]
-        name = f"verdict_{dataset}_{attack}_{seed}"
-        folder = home() / "record" / name
-        if not (folder / "result.json").exists():
-            options = {"random_seed": seed} if target is None else {"random_seed": seed, "attack_target": target}
-            if attack == "badnet" and dataset == "digits":
-                options["patch_size"] = 2  # of 8x8 pixels
-            about = {"random_seed": seed, "save_folder_name": name}
-            run_attack(
-                ATTACKS[attack](**options),
-                AttackRun(**{**vars(run), **about}),
-                TrainOptions(**{**vars(training), "random_seed": seed}),
-                bar=False,
-            )
-        record = ulrl.load_record(folder)
-        judged = json.loads((folder / "result.json").read_text())["after"]
-        train, _ = load_dataset(dataset)
-        model = load_model(record.model_name, record.num_classes, record.state_dict, train.spec.channels)
-        clean = train.subset(clean_subset(len(train), ratio, seed))
-        found = ulrl.suspect(model, normalise(clean.images, clean.spec), clean.labels, random_seed=seed)
-        rows.append(
-            {
-                "dataset": dataset,
-                "attack": attack,
-                "seed": seed,
-                "target": target,
-                "acc": round(judged["acc"], 4),
-                "asr": judged["asr"],
-                "took": None if target is None else judged["asr"] >= TOOK,
-                "verdict": found.verdict,
-                "label": found.label,
-                "reach": round(found.reach, 3),
-                "z": round(found.z, 1),
-                "z_highest": round(float(found.ranking.z.max()), 1),
-                "seconds": round(found.report["seconds"]["total"], 1),
-            }
+RESULT = ROOT / "bench" / "results" / "suspect_rates.csv"
+
+
+def made(dataset: str, attack: str, target: int | None, seed: int) -> Path:
+    """The record's folder, trained unless it is there."""
+    run, training, _ = DATASETS[dataset]
+    name = f"verdict_{dataset}_{attack}_{seed}"
+    folder = home() / "record" / name
+    if not (folder / "result.json").exists():
+        options = {"random_seed": seed} if target is None else {"random_seed": seed, "attack_target": target}
+        if attack == "badnet" and dataset == "digits":
+            options["patch_size"] = 2  # of 8x8 pixels
+        about = {"random_seed": seed, "save_folder_name": name}
+        run_attack(
+            ATTACKS[attack](**options),
+            AttackRun(**{**vars(run), **about}),
+            TrainOptions(**{**vars(training), "random_seed": seed}),
+            bar=False,
         )
-        print(rows[-1], flush=True)
+    return folder
+
+
+def asked(folder: Path, ratio: float, seed: int) -> dict[str, Any]:
+    """What `ulrl.suspect` says of a record's model, beside what is true."""
+    record = ulrl.load_record(folder)
+    result = json.loads((folder / "result.json").read_text())
+    train, _ = load_dataset(record.dataset)
+    model = load_model(record.model_name, record.num_classes, record.state_dict, train.spec.channels)
+    clean = train.subset(clean_subset(len(train), ratio, seed))
+    found = ulrl.suspect(model, normalise(clean.images, clean.spec), clean.labels, random_seed=seed)
+    asr, options = result["after"]["asr"], result["options"]
+    one_target = asr is not None and options.get("attack_label_trans", "all2one") == "all2one"
+    return {
+        "dataset": record.dataset, "attack": record.attack, "seed": seed,
+        "target": options["attack_target"] if one_target else None, "acc": round(result["after"]["acc"], 4), "asr": asr,
+        "took": None if asr is None else asr >= TOOK, "verdict": found.verdict, "label": found.label,
+        "reach": round(found.reach, 3), "z": round(found.z, 1), "z_highest": round(float(found.ranking.z.max()), 1),
+        "seconds": round(found.report["seconds"]["total"], 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", nargs="+", metavar="NAME", help="ask about these, with 1%% and seed 0, instead")
+    names = parser.parse_args().records
+    rows = pd.read_csv(RESULT).to_dict("records") if names and RESULT.exists() else []
+    todo = [(home() / "record" / name, 0.01, 0) for name in names or ()] or (
+        (made(*model), DATASETS[model[0]][2], model[-1]) for model in MODELS
+    )
+    for folder, ratio, seed in todo:
+        row = asked(folder, ratio, seed)
+        print(row, flush=True)
+        same = ("dataset", "attack", "seed", "acc", "asr")
+        rows = [r for r in rows if any(r[k] != row[k] and not (pd.isna(r[k]) and row[k] is None) for k in same)] + [row]
         table = pd.DataFrame(rows).astype({"target": "Int64"})
-        table.to_csv(ROOT / "bench" / "results" / "suspect_rates.csv", index=False)
+        write_csv(RESULT, table)
     print(table.groupby(["dataset", "attack", "verdict"]).size())
 
 

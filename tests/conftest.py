@@ -15,6 +15,7 @@ from own_nets import TARGET, stamp, trained
 from sklearn.datasets import load_digits
 from torch import nn
 
+from ulrl import seeds
 from ulrl.cli import attack_main
 
 TINY = "--dataset digits --width 4 --epochs 1 --device cpu".split()
@@ -22,6 +23,13 @@ TINY = "--dataset digits --width 4 --epochs 1 --device cpu".split()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="all cases of tests/hostile, not only the quick ones")
+    parser.addoption("--draws", help="a word: all streams of randomness draw otherwise, as with other seeds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if word := config.getoption("--draws"):
+        draw = seeds.stream_seed
+        seeds.stream_seed = lambda seed, stream: draw(seed, f"{word}:{stream}")
 
 
 @pytest.fixture(scope="session", autouse=True)

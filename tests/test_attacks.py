@@ -283,12 +283,12 @@ def test_a_backdoor_that_did_not_take_is_called_that(
     "name", sorted(f.parent.name for f in CONFIG.glob("*/digits.yaml") if f.parent.name != "prototype")
 )
 def test_shipped_settings_for_the_digits_plant(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the default does not. Seen: 92.9 to 100%, on one machine."""
+    """Where the default does not. Seen: 74.4 to 100%, over three seeds and two ways of rounding."""
     monkeypatch.setenv("ULRL_HOME", str(tmp_path))
     said = {"dataset": "digits", "device": "cpu", "save_folder_name": "made"}
     _, result = run_attack(*configure_attack(name, said, AttackRun, quiet=True), bar=False)
     assert result["options"]["width"] == 16
-    assert result["after"]["asr"] > 0.8
+    assert result["after"]["asr"] > 0.6
     assert result["after"]["acc"] > 0.9
 
 
@@ -315,6 +315,20 @@ def test_unfinished_run_hands_down_what_it_learned(tmp_path: Path, monkeypatch: 
     assert searched == [1], "a record that is replaced hands it down too"
     make(quick("trojannn", trojan_eps=0.2), tmp_path, monkeypatch, overwrite=True)
     assert searched == [1, 1]
+
+
+def test_a_patch_that_adds_nothing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where darkness excites the chosen neurons most."""
+    cls, data = ATTACKS["trojannn"], sized(1, 8)
+    for patch in (torch.zeros(1, 8, 8), torch.eye(8)[None]):
+        monkeypatch.setattr(cls, "_invert", lambda self, lab, patch=patch: patch)
+        folder = tmp_path / str(patch.any().item())
+        folder.mkdir()
+        caplog.clear()
+        learned(quick("trojannn"), data, folder)
+        assert ("--num_neuron" in caplog.text) == (not patch.any())
 
 
 def test_damaged_cache_is_computed_again(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from bench.idle import idle_jobs
 from bench.pages import cell, interval, write_block
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
-from bench.successor import front
+from bench.successor import front, goal
 from bench.tables import FOLDER, _marks, _titles, distance, ranking, words
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
@@ -106,6 +106,20 @@ def test_the_front_page_shows_what_both_methods_repaired() -> None:
     lines = list(front(pd.DataFrame([*both, run("sig", "ulrl", 0.2, 0.8)])))
     assert lines[2:] == ["| clean | | | -10.0 | -1.0 |",
                          "| lf | 10.0 / 90.0 | 100.0 | 20.0 / 20.0 / -10.0 | 20.0 / 20.0 / -1.0 |"]  # fmt: skip
+
+
+def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> None:
+    def run(record: str, asr: float | None, ra: float | None, acc: float, seed: int) -> dict[str, Any]:
+        return {"record": record, "variant": "harden", "asr": asr, "ra": ra, "acc": acc, "seed": seed,
+                "acc_before": 0.9, "clean_asr": 0.02, "clean_ra": 0.85}  # fmt: skip
+
+    runs = [run("lf", 0.01, 0.85, 0.895, 0), run("lf", 0.03, 0.83, 0.889, 1), run("sig", 0.4, 0.5, 0.87, 0)]
+    said = goal(pd.DataFrame([*runs, run("clean0", None, None, 0.89, 0), run("clean1", None, None, 0.9, 0)]))
+    assert "Of 2 backdoored nets, 1-2 seeds each" in said
+    assert "ASR within 1 point of a clean net's: 1 of 2 (+19.0 in the mean, +38.0 at worst, sig)" in said
+    assert "RA within 5 points of it: 1 of 2 (+18.0 in the mean, +35.0 at worst, sig)" in said
+    assert "at most 1 point of ACC lost: 1 of 2 (+1.9 in the mean, +3.0 at worst, sig)" in said
+    assert "Clean nets: at most 0.5: 1 of 2 (+0.5 in the mean, +1.0 at worst, clean0)" in said
 
 
 def test_a_victim_has_to_take() -> None:

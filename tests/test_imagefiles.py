@@ -449,7 +449,8 @@ def test_from_attack_to_defense(empty_home: Path, tmp_path: Path, capsys: pytest
     assert code == 2
     assert "--dataset_path" in said.splitlines()[-1]
 
-    code, said = command(attack_main, "lf", [*attack.replace("16", "24").split(), "--clean_model", "mine"], capsys)
+    larger = attack.replace("--img_size 16", "--img_size 24").split()
+    code, said = command(attack_main, "lf", [*larger, "--clean_model", "mine"], capsys)
     assert code == 2
     assert "(24, 24, 3)" in said
     code, said = command(attack_main, "badnet", "--dataset digits --img_size 16".split(), capsys)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fabricated import write, write_record
+from fabricated import result, write, write_record
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -158,6 +158,8 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
         )
     write_record(root / "rare", "attack9", {"clp": {"method": "clp", "asr": 0.0}}, seed=9)
     write_record(root / "dud", "sig", {"ulrl": {"asr": 0.0}, "ft": {"method": "ft", "asr": 0.0}}, seed=10, took=False)
+    finder = {"method": "b3d", "asr": 0.0, "repairs": False, "record": "a", "attack": "attack0"}
+    write(root / "a" / "defense" / "b3d", result(**finder))
     browser.start(report(root, tmp_path / "report.html"))
     said, note = browser.texts("#headline")[0], browser.texts("#board-note")[0]
     assert "On 3 shared records, ulrl leaves the lowest ASR (20.0 %, 5 runs)" in said
@@ -174,6 +176,7 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
         acc, asr, *_, runs, records = (cell.split("\n")[0] for cell in table[name])
         assert (acc, asr) == (f"{100 * line.acc_mean:.2f}", f"{100 * line.asr_mean:.2f}"), "as `ulrl results` says"
         assert (runs, records) == (str(line.n), str(line.records))
+    assert "b3dFINDS ONLY" in table, "not ranked, not missing"
     assert [e for e in browser.texts("#heat tbody th") if "did not take" in e] == ["sigdid not take"]
     browser.click("input[name=duds]")
     assert "On 4 shared records" in browser.texts("#headline")[0]

@@ -177,6 +177,18 @@ def test_a_backdoor_that_did_not_take_is_told_and_not_ranked(
     assert "did not take, nothing is ranked" in printed
 
 
+def test_what_only_finds_is_not_ranked_among_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {"ulrl": {"asr": 0.5}, "ft": {"method": "ft", "asr": 0.6}}
+    write_record(tmp_path / "a", "badnet", runs | {"b3d": {"method": "b3d", "asr": 0.4, "repairs": False}})
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    best = summarise(frame, "defense").set_index("defense")
+    assert best.ranked.to_dict() == {"no defense": False, "ulrl": True, "ft": True, "b3d": False}
+    assert summarise(frame, "attack").asr_mean.tolist() == [pytest.approx(0.55)]
+    printed = say(capsys, "results", str(tmp_path))
+    assert printed.count("b3d (finds only)") == 1
+    assert "not ranked" not in printed
+
+
 def test_without_defense_only_defended_runs_are_averaged(study: Path) -> None:
     summary = summarise(frame_of_runs(find_runs(study)[0]), "attack").set_index("attack")
     assert summary.n.to_dict() == {"badnet": 5, "prototype": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,8 @@ from ulrl.errors import UserError
 from ulrl.machine import autocast
 from ulrl.models.head import find_head
 from ulrl.options import option
+
+log = logging.getLogger(__name__)
 
 
 @register("trojannn")
@@ -59,7 +62,13 @@ class TrojanNN(Additive):
         return mask
 
     def learn(self, lab: Lab) -> TrojanNN:
-        return self.with_learned(**lab.once("patch", lambda: {"pattern": self._invert(lab)}))
+        made = self.with_learned(**lab.once("patch", lambda: {"pattern": self._invert(lab)}))
+        if not made.learned["pattern"].any():
+            log.warning(
+                "the patch found is black, so nothing is added to any image: what excites the chosen neurons most is "
+                "darkness; take another clean model (--random_seed, --clean_model) or more neurons (--num_neuron)"
+            )
+        return made
 
     def _invert(self, lab: Lab) -> torch.Tensor:
         model, spec, device = lab.clean_model(), lab.data.spec, lab.data.device

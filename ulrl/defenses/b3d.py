@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -84,6 +85,8 @@ class B3D(Costed):
     Scores, where there are any, give a cross-entropy, labels alone an error rate. The size's own gradient is exact, and
     the mean loss of the draws is subtracted: either is ours, and lowers the estimate's noise at no query.
     """
+
+    repairs: ClassVar[bool] = False
 
     batch_size: int = option(16, "clean images per step", low=2)
     init_cost: float = option(0.01, "weight of the mask's size at first", low=0)

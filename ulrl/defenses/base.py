@@ -57,6 +57,7 @@ class Defense:
 
     name: ClassVar[str]
     in_training: ClassVar[bool] = False  # handed the poisoned training set instead of clean samples (ABL)
+    repairs: ClassVar[bool] = True  # or only finds something, and is not ranked among those that repair
 
     batch_size: int = option(128, "clean images per step", source="ULRL release", low=2)
     amp: bool = option(True, "bf16 autocast where the device has it", source="ULRL release")

@@ -41,6 +41,7 @@ class RecoverTrigger(Inverting, Unlearning):
     gentle: at the release's rate a narrow net loses its backdoor, too. The model itself is left as it was.
     """
 
+    repairs: ClassVar[bool] = False
     ignored: ClassVar[tuple[str, ...]] = ("client_optimizer",)  # the releases' files name unlearning's, sgd
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:

@@ -33,8 +33,9 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
     kind (attack or defense); oracle (bool); clean_samples; flagged (classes, with spaces between); options, as
     JSON; settings and record_settings: the options of the defense and of what made its record, without seeds and
     folders, as JSON ("" of an attack, and where nothing is known); origin, the same text for the same record; took
-    (whether the record's backdoor did, or NA); repeat (bool): an earlier row has the same record, settings and seed.
-    ACC, ASR, RA and DER are fractions. What is unknown is NaN or None. seconds are without the judge's.
+    (whether the record's backdoor did, or NA); repairs (bool: or only finds something); repeat (bool): an earlier row
+    has the same record, settings and seed. ACC, ASR, RA and DER are fractions. What is unknown is NaN or None. seconds
+    are without the judge's.
 
     results: checked `result.json`s. makers: for each that of the attack that made its record, where that is known.
     """
@@ -56,7 +57,7 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
             "options": json.dumps(options), "settings": _settings(options) if defended else "",
             "record_settings": _settings(maker["options"]) if maker else "",
             "origin": json.dumps([*of, _settings(maker["options"]), maker["seed"]] if maker else [*of, r["record"]]),
-            "took": maker.get("took") if maker else None,
+            "took": maker.get("took") if maker else None, "repairs": r.get("repairs", True),
         }  # fmt: skip
         rows.append(row)
         if oracle := r.get("oracle"):  # chosen by looking at the test set: never the defense's own figure
@@ -64,10 +65,10 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
             rows.append(row | figures | {"oracle": True, "defense": row["defense"] + ORACLE, "der": None,
                                          "seconds": None})  # fmt: skip
     columns = ["kind", *KEYS, "oracle", *FIGURES, "clean_samples", "flagged", "options", "settings",
-               "record_settings", "origin", "took"]  # fmt: skip
+               "record_settings", "origin", "took", "repairs"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
     numbers = {k: "float64" for k in (*FIGURES, "pratio", "ratio", "clean_samples")}
-    frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean"})
+    frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean", "repairs": "bool"})
     return _with_repeats(frame)
 
 

@@ -24,20 +24,20 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     that share all other keys and the ratio are ranked on the records that they share (see `_shared`): their figures,
     and those of the undefended model, are over these. With data set, model and attack among them a line's records have
     the same options. Records whose backdoor is known not to have taken have lines of their own. Without `defense`,
-    only defended runs count: what was not defended, and what the test set chose, is never averaged with them.
+    only repairs count: what was not defended, and what the test set chose, is never averaged with them.
 
     Columns: the keys; variant and record_variant, the options by which a line differs from another ("" where none
-    does); oracle and failed (bool; no backdoor took); n (runs), records (that they are of), rivalry (the same number
-    for rivals), block (records that any of these was run on), ranked (bool), repeats (runs left out), over (what
-    differs within the line); and for each of FIGURES <figure>_mean, _std (over the records; of one record, over its
-    runs; NaN for one) and _n (the runs in which it is known).
+    does); oracle, repairs and failed (bool; the last: no backdoor took); n (runs), records (that they are of), rivalry
+    (the same number for rivals), block (records that any of these was run on), ranked (bool), repeats (runs left out),
+    over (what differs within the line); and for each of FIGURES <figure>_mean, _std (over the records; of one record,
+    over its runs; NaN for one) and _n (the runs in which it is known).
 
     Raises:
         UserError: an unknown key.
     """
     keys = list(dict.fromkeys(known_key(key.strip(), "--by") for key in by.split(",")))
     if "defense" not in keys:
-        frame = frame[(frame.kind == "defense") & ~frame.oracle]
+        frame = frame[(frame.kind == "defense") & frame.repairs & ~frame.oracle]
     of_line = ["settings"] if "defense" in keys else []
     of_block = ["record_settings"] if {"dataset", "model", "attack"} <= {*keys} else []
     frame = frame.assign(
@@ -58,19 +58,19 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
             common = line.origin.isin(shared)
             used = line[common] if common.any() and (id(line) in ranks or not _competes(line.iloc[0])) else line
             rows.append({
-                **{k: line.iloc[0][k] for k in (*keys, *_VARIANTS, "oracle", "failed")}, **_figures(used[~used.repeat]),
-                "rivalry": rivalry, "ranked": id(line) in ranks,
+                **{k: line.iloc[0][k] for k in (*keys, *_VARIANTS, "oracle", "repairs", "failed")},
+                **_figures(used[~used.repeat]), "rivalry": rivalry, "ranked": id(line) in ranks,
                 "block": len(set().union(*(rival.origin for rival in rivals))),
                 "repeats": int(line.repeat.sum()), "over": _varying(used, keys, bool(of_block)),
             })  # fmt: skip
     figures = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "std", "n")]
-    about = ["oracle", "failed", "n", "records", "rivalry", "block", "ranked", "repeats", "over"]
+    about = ["oracle", "repairs", "failed", "n", "records", "rivalry", "block", "ranked", "repeats", "over"]
     return pd.DataFrame(rows, columns=[*keys, *_VARIANTS, *about, *figures])
 
 
 def _competes(row: pd.Series) -> bool:
-    """Whether a row's line may be ranked: neither an undefended model, nor an oracle's choice, nor on a dud."""
-    return not (row.oracle or row.failed or row.kind == "attack")
+    """Whether a row's line may be ranked: a repair, not an oracle's choice, nor on a dud."""
+    return bool(row.kind == "defense" and row.repairs and not (row.oracle or row.failed))
 
 
 def _shared(records: list[set[str]]) -> tuple[list[int], set[str]]:
@@ -156,7 +156,8 @@ def best_of(summary: pd.DataFrame) -> pd.DataFrame:
 def notes_of(summary: pd.DataFrame) -> list[str]:
     """What a reader of the summary has to know besides the figures, a sentence each."""
     notes, keys = [], [k for k in (*KEYS, *_VARIANTS) if k in summary and k not in ("defense", "variant")]
-    lines = summary[(summary.block > 0) & ~summary.oracle & ~summary.failed & (summary.get("defense") != NO_DEFENSE)]
+    rivals = (summary.block > 0) & summary.repairs & ~summary.oracle & ~summary.failed
+    lines = summary[rivals & (summary.get("defense") != NO_DEFENSE)]
     several = [k for k in keys if lines[k].nunique(dropna=False) > 1]
     for _, block in lines.groupby("rivalry", sort=False):
         where = ", ".join(text for k in several if (text := str(block[k].iloc[0])))

@@ -149,6 +149,7 @@ def _checked(file: Path) -> dict[str, Any]:
     _need({"total", "judge"} <= set(r["seconds"]), "seconds lack total or judge")
     _need(all(_is_number(v) for v in r["seconds"].values()), "seconds are not numbers")
     _fraction(r["der"])
+    _need(isinstance(r.get("repairs", True), bool), "repairs is neither true nor false")
     _need(r.get("target") is None or _is_count(r["target"]), "target is not a class")
     _need(
         r.get("took") in (True, False, None) and not _is_number(r.get("took")), "took is neither true, false nor null"

@@ -182,13 +182,15 @@ HEADS = {
 def summary_cells(summary: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Texts for the keys and figures, and which of them are the best; both of one shape. Missing is "-".
 
-    What sets a line apart besides its keys, an option or a backdoor that did not take, is said beside the key.
+    What sets a line apart besides its keys (an option, that a backdoor did not take, that nothing is repaired) is said
+    beside the key.
     """
     keys = [k for k in summary if k in KEYS]
     cells = pd.DataFrame({k: summary[k].map(_key_text) for k in keys}, dtype="object")
     beside = next((k for k in ("attack", "record") if k in keys), keys[-1])
     for key, words in (
         ("defense", summary.variant), ("attack", summary.record_variant),
+        ("defense", summary.repairs.map({True: "", False: "finds only"})),
         (beside, summary.failed.map({True: "did not take", False: ""})),
     ):  # fmt: skip
         if key in keys:

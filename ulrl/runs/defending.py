@@ -106,10 +106,10 @@ def run_defense(defense: Defense, record: Record, run: DefenseRun, *, bar: bool 
         for table, frame in repair.tables.items():
             frame.to_csv(folder / f"{table}.csv")
         result = {
-            "schema": 1, "kind": "defense", "method": defense.name, "record": record.name, "attack": record.attack,
-            "dataset": record.dataset, "model": record.model_name, "options": result_options(defense, run),
-            "seed": run.random_seed, "clean_samples": len(index), "before": asdict(before),
-            "after": asdict(after), "der": defense_effectiveness(before, after),
+            "schema": 1, "kind": "defense", "method": defense.name, "repairs": defense.repairs,
+            "record": record.name, "attack": record.attack, "dataset": record.dataset, "model": record.model_name,
+            "options": result_options(defense, run), "seed": run.random_seed, "clean_samples": len(index),
+            "before": asdict(before), "after": asdict(after), "der": defense_effectiveness(before, after),
             "flagged": repair.flagged, "target": _target(poisoned_test), "seconds": stage_seconds(monitor, start),
             "peak_memory_mb": peak.mb(), "evidence": repair.evidence, "environment": environment(device),
         }  # fmt: skip

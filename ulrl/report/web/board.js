@@ -64,7 +64,7 @@ function keyCell(line, key) {
   if (key === "attack") return h("span", {}, named(text(line.attack), line.record_variant), dud(line) ? dudBadge() : "");
   if (key !== "defense") return document.createTextNode(text(line[key]));
   return h("span", { class: "method" }, glyph(line), h("span", {}, named(method(line), line.variant),
-    line.oracle ? badge("oracle", "chosen by looking at the test set") : "", dud(line) && state.per === "defense" && !state.duds ? dudBadge() : ""));
+    line.oracle ? badge("oracle", "chosen by looking at the test set") : "", line.repairs ? "" : badge("finds only", "It repairs nothing: the figures are those of the model as it was"), dud(line) && state.per === "defense" && !state.duds ? dudBadge() : ""));
 }
 const bounds = (line, key) => [Math.max(0, line[key] - line[key + "_half"]), key === "seconds" ? line[key] + line[key + "_half"] : Math.min(1, line[key] + line[key + "_half"])];
 function figure(line, key) {

@@ -23,7 +23,7 @@ function summary(runs) {
   return line;
 }
 
-const competes = (row) => !row.oracle && !isBaseline(row) && (state.duds || !dud(row));
+const competes = (row) => !row.oracle && row.repairs && !isBaseline(row) && (state.duds || !dud(row));
 // Lines whose runs are alike, of one block of conditions. Who has fewer than half the records of the fullest is not ranked,
 // rather than that all others are judged on the few that it has.
 function rank(runs) {
