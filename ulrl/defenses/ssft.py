@@ -17,7 +17,7 @@ from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.models.preact_resnet import PreActResNet18
 from ulrl.options import option
-from ulrl.training import Monitor, fit, make_optimizer, predict
+from ulrl.training import Monitor, fit, logits, make_optimizer
 
 _RELEASE = "SSFT release"
 GAMMAS = tuple(tenths / 10 for tenths in range(11))  # what is left of a skip connection while one is chosen
@@ -39,15 +39,17 @@ class SSFT(Unlearning):
 
     1. Unlearn the clean task on a copy, so that it gives most clean samples one class, a backdoor's target where
        there is a backdoor (RNP's by-product).
-    2. In that copy scale each skip connection alone from 0 to 1 in steps of 0.1, and count the clean samples that
-       still get that class. With s and s' for two neighbouring shares, the connection with the greatest
-       (s' - s) / exp(s) of all is chosen: the one without which the class is lost most suddenly.
+    2. In that copy scale each skip connection alone from 0 to 1 in steps of 0.1, and see how far the logit of that
+       class stays above the mean of all, on average over the clean samples, as a share of what it was. With s and s'
+       for two neighbouring shares, the connection with the greatest (s' - s) / exp(s) of all is chosen: the one
+       without which the class is lost most suddenly.
     3. In the original leave `gamma` of that connection, and fine-tune the stage it is in, nothing else.
 
     The release has this rule with the attack success rate on poisoned test images in place of that share, which a
     defender does not have: the unlearned copy stands in, as the one net of which clean samples tell what its backdoor
-    does. Clean accuracy alone would choose a connection that the task does not need, whatever the backdoor needs. (Its
-    script compares with a value that it never sets.)
+    does. Its logits tell more than its answers, which often are the same whatever is suppressed. Clean accuracy alone
+    would choose a connection that the task does not need, whatever the backdoor needs. (The release's script compares
+    with a value that it never sets.)
 
     The release leaves 0 of the connection by a hook, which no plain network can hold. Here `gamma` is moved into the
     weights, exactly: a branch divided by it, and what follows multiplied. That asks for more than 0; 0.001 stands for
@@ -86,17 +88,23 @@ class SSFT(Unlearning):
         return Repair(model, evidence=evidence, tables={"shortcuts": table})
 
     def _shares(self, model: nn.Module, label: int, clean: ImageSet, monitor: Monitor) -> dict[str, list[float]]:
-        """The share of the clean samples that get `label`, by the block's dotted name, for each of GAMMAS."""
-        skips, shares = _skips(model), {}
+        """The share that is left of the lead of `label`, by the block's dotted name, for each of GAMMAS."""
+        skips, leads = _skips(model), {}
+
+        def lead() -> torch.Tensor:
+            answers = logits(model, clean, self.amp).double()
+            return (answers[:, label] - answers.mean(1)).mean()
+
+        whole = lead().abs().clamp_min(1e-12)
         with monitor.stage("select", len(skips) * len(GAMMAS)) as progress:
             for path, skip in skips.items():
                 row = []
                 for gamma in GAMMAS:
                     with _scaled(skip, gamma):
-                        row.append((predict(model, clean, self.amp) == label).double().mean())
+                        row.append(lead() / whole)
                     progress.step()
-                shares[path] = torch.stack(row).tolist()
-        return shares
+                leads[path] = torch.stack(row).tolist()
+        return leads
 
     def _tune(self, model: nn.Module, stage: str, clean: ImageSet, monitor: Monitor) -> None:
         trainable = [p for p in model.parameters() if p.requires_grad]
