@@ -56,7 +56,7 @@ class SSFT(Unlearning):
     it. As in the release BatchNorm's statistics move in all stages.
 
     Seen on `fashion_scenes` (width 16, 600 clean images, seed 0, all 10,000 and 9,000 test images): of BadNets ASR fell
-    from 97.4 to 31.3% (a clean net's: 1.4) for 1.5 points of ACC, of WaNet from 98.5 to 95.5% (2.8) for 3.0. The idea
+    from 97.4 to 31.9% (a clean net's: 1.4) for 0.5 points of ACC, of WaNet from 98.5 to 95.5% (2.8) for 3.0. The idea
     itself is weak there, whatever chooses: on WaNet ASR stays at 99% with any of the first four connections suppressed,
     and on BadNets suppressing layer2.1 takes it to 0, but tuning brings 85% back. Suppressed and tuned, three of the
     eight leave BadNets 20 to 32%, and layer2.1 leaves WaNet 34% (on 1,500 of the triggered images).
