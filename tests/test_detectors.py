@@ -36,7 +36,7 @@ EXPECTED = {
     "cd": ("often", 0.65),
     "ibd-psc": ("often", 0.7),
     "rnp": ("often", 0.8),
-    "scale-up": ("often", 0.4),
+    "scale-up": ("often", 0.3),
     "spectral": ("seldom", 0.75),
     "strip": ("often", 0.9),
 }
