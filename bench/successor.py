@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "otbr": ("otbr", {}),
     "ban": ("ban", {}),
     "nft": ("nft", {}),
+    "ssft": ("ssft", {}),
     "harden without restoring": ("harden", {"restore_epochs": 0}),
     "harden without holding": ("harden", {"hold_weight": 0.0}),
     "harden without excess": ("harden", {"excess": 1.0}),

@@ -85,6 +85,7 @@ EXPECTED = {
     "recover_trigger": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",), records=("badnet",)),  # repairs nothing
     "rnp": Expected(loss=0.15, ra=0.6, records=("channel",)),
     "sau": Expected(),
+    "ssft": Expected(asr=1.0, ra=0.0, records=("badnet",)),  # one connection of a shallow net is not enough of it
     "tsbd": Expected(loss=0.2, records=("badnet",)),  # the other takes as long and tells no more
     "ulrl": Expected(asr=0.25, flags=("badnet",)),
 }

@@ -233,17 +233,18 @@ def test_pretrained_is_refused_where_there_are_no_weights(name: str, width: int 
 
 # Repair
 
+WITH_NORMS = ["vgg19", "vgg19_bn", "mobilenet_v3_large", "convnext_tiny", "vit_tiny"]  # one of each kind
 REFUSED = {
     "rnp": {"vgg19": "no normalisation layer"},
     "anp": {"vgg19": "no normalisation layer"},
     "ban": {"vgg19": "no normalisation layer"},
     "ebyd": {"vgg19": "no normalisation layer"},
     "nft": {"vgg19": "no normalisation layer"},
+    "ssft": dict.fromkeys(WITH_NORMS, "no skip connection"),
     "bnp": {"vgg19": "has none", "vit_tiny": "has none", "convnext_tiny": "has none"},
     "nad": {"vit_tiny": "spatial stages"},
     "i-bau": {"mobilenet_v3_large": "second derivatives, which a layer of the model lacks"},  # torch's hardsigmoid
 }
-WITH_NORMS = ["vgg19", "vgg19_bn", "mobilenet_v3_large", "convnext_tiny", "vit_tiny"]  # one of each kind
 
 
 def repaired(method: str, name: str, **options: Any) -> Repair:

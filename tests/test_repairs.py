@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from ulrl.defenses.base import DEFENSES, Repair
 from ulrl.defenses.cbd import _Critic
 from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, worst_noise
 from ulrl.defenses.otbr import OTBR, _convolutions, _transport
+from ulrl.defenses.ssft import _fold, _scaled, _skips
 from ulrl.errors import UserError
 from ulrl.models import build_model
 from ulrl.training import Monitor
@@ -122,6 +125,37 @@ def test_ban_trains_the_weights_and_leaves_a_plain_model() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
 
 
+class Dormant(nn.Module):
+    """Reads the class off the one bright pixel of the first ten. Pixel 20 stays just below what would mean class 7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, 10)
+        with torch.no_grad():
+            self.norm.weight[20], self.norm.bias[20] = 0.3, -1.2
+            self.linear.weight.copy_(torch.eye(64)[:10])
+            self.linear.weight[7, 20] = 100
+            self.linear.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(F.leaky_relu(self.norm(x.flatten(1))))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ban_names_the_class_that_noise_on_the_neurons_brings_out(seed: int) -> None:
+    images = torch.zeros(24, 64, dtype=torch.uint8)
+    images[:, 20] = 128
+    images[torch.arange(24), torch.arange(24) % 10] = 255
+    clean = ImageSet(images.view(24, 1, 8, 8), torch.arange(24) % 10, SPECS["digits"])
+    flagged = [
+        DEFENSES["ban"](batch_size=8, amp=False, epochs=1, lr=0.0, random_seed=seed, noise_eps=eps)
+        .run(Dormant(), clean, Monitor()).flagged
+        for eps in (0.3, 0.0)
+    ]  # fmt: skip
+    assert flagged[0] == [7]
+    assert 7 not in flagged[1], "without noise it sleeps"
+
+
 def test_nft_multiplies_masks_into_the_scales_and_trains_nothing_else() -> None:
     before, model = net(), net()
     masks = repair("nft", model, steps=30, lr=0.5, penalty=0.0).tables["masks"]["mask"]
@@ -138,6 +172,52 @@ def test_nft_multiplies_masks_into_the_scales_and_trains_nothing_else() -> None:
     for depth, layer in enumerate(layers, 1):
         assert masks[layer].min() >= 0.8 * math.exp(-0.5 * depth) - 1e-6
     assert masks.min() < 0.5
+
+
+@pytest.mark.parametrize("name", ["preactresnet18", "resnet18"])
+@pytest.mark.parametrize("gamma", [0.001, 0.5])
+def test_ssft_moves_a_scaled_connection_into_the_weights(name: str, gamma: float) -> None:
+    model = build_model(name, 10, 1, 8 if name == "preactresnet18" else None, seed=0)
+    x = samples().images.float() / 128 - 1
+    with torch.no_grad():
+        model.train()(x)  # so that BatchNorm's statistics are not those it begins with
+        model.eval()
+        plain = model(x)
+        for path, skip in _skips(model).items():
+            with _scaled(skip, gamma):
+                scaled = model(x)
+            folded = copy.deepcopy(model)
+            _fold(folded, path, gamma)
+            assert (folded(x) - scaled).abs().max() < 1e-4 * scaled.abs().max(), path
+            assert (plain - scaled).abs().max() > 1e-3 * plain.abs().max(), path
+    assert len(_skips(model)) == 8
+
+
+def test_ssft_chooses_the_connection_without_which_the_class_is_lost_most_suddenly() -> None:
+    found = repair("ssft", net(), epochs=1)
+    table = found.tables["shortcuts"]
+    shares = table[[f"{tenths / 10:g}" for tenths in range(11)]].to_numpy()
+    assert shares[:, -1] == pytest.approx(1, abs=1e-4), "the whole connection changes nothing"
+    falls = ((shares[:, 1:] - shares[:, :-1]) / np.exp(shares[:, :-1])).max(1)
+    assert table.index[falls.argmax()] == found.evidence["shortcut"] == table.index[table.chosen].item()
+    assert falls.max() > 0
+
+
+def test_ssft_finds_a_residual_net_within_a_users_model_and_no_other() -> None:
+    wrapped = nn.Sequential(nn.Identity(), net())
+    assert list(_skips(wrapped)) == [f"1.{path}" for path in _skips(net())]
+    wrapped[1].linear = nn.Sequential(nn.Dropout(), nn.Linear(64, 10))
+    for other in (wrapped, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))):
+        with pytest.raises(UserError, match="no skip connection"):
+            DEFENSES["ssft"]().check(other, samples())
+
+
+def test_ssft_trains_one_stage() -> None:
+    before, model = net(), net()
+    stage = repair("ssft", model, epochs=1, gamma=1.0).evidence["shortcut"].split(".")[0]
+    moved = [name for name, w in model.named_parameters() if not torch.equal(w, before.get_parameter(name))]
+    assert {name.split(".")[0] for name in moved} == {stage}
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_cbds_critic_is_held_to_a_norm_of_one_and_is_blind_to_equal_features() -> None:

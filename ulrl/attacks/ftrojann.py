@@ -21,6 +21,10 @@ class FTrojan(Additive):
     """`magnitude` is added to the cosine coefficients (p, p) of Cb and Cr; of the brightness of a gray image.
 
     Exact, where BackdoorBench rounds the image to whole YCrCb values on the way there and back.
+
+    Not the frequency-domain poisoning of Yue et al. (arXiv 2207.04209), which is not built: its text was not at hand,
+    and no release of it was found. Of its settings this is nearest to the one with changed labels, `ctrl` to clean
+    labels; the one without labels is for self-supervised training.
     """
 
     ignored: ClassVar[tuple[str, ...]] = tuple("YUV channel_list".split())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, require_shifts, worst_noise
+from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import SCHEDULERS, Monitor, cross_entropy
+from ulrl.training import SCHEDULERS, Monitor, cross_entropy, head_inputs
 
 _RELEASE = "BAN release"
 
@@ -21,16 +24,29 @@ _RELEASE = "BAN release"
 @register("ban")
 @dataclass(frozen=True)
 class BAN(FineTuning):
-    """The mitigation of BAN: per batch,
+    """Detection, on a copy, then mitigation.
 
-    1. noise within `noise_eps` on the scale and the shift of every normalisation channel, relative to them, from a
-       random start `noise_steps` signed steps up the loss (ANP's);
+    Detection: a mask on what the head is given is trained so that the masked features keep the task and the rest of
+    them loses it. Then noise on the scale and the shift of every normalisation channel, relative to them, goes up the
+    loss of one batch in `detection_steps` steps. A class that the noisy model then gives to more than `share_threshold`
+    of the clean samples, from that rest of its features alone, is flagged.
+
+    Mitigation, per batch:
+
+    1. noise within `noise_eps`, from a random start `noise_steps` signed steps up the loss (ANP's);
     2. one step of all weights down the clean loss + `noise_weight` * the loss under the noise.
 
-    The noise never leaves its bound, as the paper says; in the release the line that would cut it back is commented
-    out, so that it reaches twice `noise_eps`. As there, all passes are in train mode and move BatchNorm's
-    statistics. The release's loop makes one epoch fewer than it is asked for. BAN's detection, by the answers of the
-    noisy model to what a mask leaves of the features, is not here: no class is flagged.
+    The noise never leaves its bound, as the paper says; in the release the lines that would cut it back are commented
+    out, so that it reaches twice `noise_eps`. As there, the noise is found in train mode, and mitigation moves
+    BatchNorm's statistics. The release's loop makes one epoch fewer than it is asked for.
+
+    The release has detection in a script of its own, which prints the share of each class and decides nothing: the
+    threshold is ours. Its mask is one on the last feature map, before it is averaged, trained in train mode; ours is on
+    the averages, of the model as it answers, which a model of any kind has.
+
+    Seen on `fashion_scenes` (width 16, 600 clean images, two draws of them, the target's share in each): BadNets 1.00
+    and 1.00, WaNet 0.56 and 0.27; on two clean nets no class had more than 0.30. On the 8x8 digits (seed 0) none was
+    flagged, whatever was planted: the noise raises no class above 0.25 there.
     """
 
     batch_size: int = option(128, "clean images per step", source=_RELEASE, low=2)
@@ -41,10 +57,58 @@ class BAN(FineTuning):
     noise_steps: int = option(1, "steps of the noise", source=_RELEASE, low=1)
     noise_weight: float = option(0.5, "weight of the loss under the noise", source=_RELEASE, low=0)
 
+    mask_steps: int = option(400, "steps of detection's mask (Adam)", source=_RELEASE, low=1)
+    mask_lr: float = option(0.01, "learning rate of detection's mask", source=_RELEASE, low=0)
+    mask_weight: float = option(0.75, "weight of detection's mask's norm", source=_RELEASE, low=0)
+    detection_steps: int = option(30, "steps of detection's noise", source=_RELEASE, low=1)
+    share_threshold: float = option(0.5, "share of the clean samples above which a class is flagged", low=0, high=1)
+    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
+
     def check(self, model: nn.Module, clean: ImageSet) -> None:
         require_shifts(model)
+        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        shares = self._shares(copy.deepcopy(model), clean, monitor)
+        suspect = int(shares.argmax())
+        flagged = [suspect] if shares[suspect] > self.share_threshold else []
+        self._mitigate(model, clean, monitor)
+        return Repair(model, flagged, {"shares": shares.tolist()})
+
+    def _shares(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> torch.Tensor:
+        """Which share of the clean samples `model` under noise gives each class, from the features that the task does
+        not need: float64 [K]. The model's statistics move.
+        """
+        head = find_head(model, clean.spec.num_classes, self.linear_name)[1]
+        weight, bias = head.weight.detach().flatten(1), None if head.bias is None else head.bias.detach()
+        features = head_inputs(model, head, clean, self.amp)
+        stream = generator(self.random_seed, "detect", clean.device)
+        mask = torch.rand(features.shape[1], generator=stream, device=clean.device).requires_grad_()
+        optimizer = torch.optim.Adam([mask], self.mask_lr)
+        with monitor.stage("detect", self.mask_steps) as progress:
+            for _ in range(self.mask_steps):
+                drawn = torch.randint(len(clean), (self.batch_size,), generator=stream, device=clean.device)
+                kept, rest = (
+                    F.cross_entropy(F.linear(part * features[drawn], weight, bias), clean.labels[drawn])
+                    for part in (mask, 1 - mask)
+                )
+                norm = mask.sum()
+                optimizer.zero_grad()
+                (kept - rest + self.mask_weight * norm / norm.detach().clamp_min(1e-12)).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    mask.clamp_(0, 1)
+                progress.step()
+        model.train()
+        x, y = next(iter(self.batches(clean, "detect", augmented=False)))
+        with masked(model, Perturbed, SCALE_AND_SHIFT) as masks:
+            noises: list[torch.Tensor] = [m.noise for m in masks if isinstance(m, Perturbed)]
+            worst_noise(noises, lambda: cross_entropy(model, x, y)[0], self.noise_eps, self.detection_steps, stream)
+            noisy = head_inputs(model, head, clean, self.amp)
+        classes = F.linear((1 - mask.detach()) * noisy, weight, bias).argmax(1)
+        return classes.bincount(minlength=clean.spec.num_classes).double().cpu() / len(clean)
+
+    def _mitigate(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> None:
         stream = generator(self.random_seed, "noise", clean.device)
         with masked(model, Perturbed, SCALE_AND_SHIFT, frozen=False) as masks:
             noises: list[torch.Tensor] = [m.noise for m in masks if isinstance(m, Perturbed)]
@@ -60,7 +124,6 @@ class BAN(FineTuning):
                 return loss + self.noise_weight * attacked, right
 
             self.finetune(model, clean, monitor, "tune", objective=objective, after_step=lambda: _silent(noises))
-        return Repair(model)
 
 
 @torch.no_grad()
