@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.jobs import CleanNetsAgainJob, CleanNetsJob, ReactivationJob, RepairJob, TruthJob
-from bench.tables import REPAIRS_NOTHING, gather, report
+from bench.tables import gather, report
 from bench.victims import PROFILES, chosen, jobs_of, start, took_of, victim_of
 from ulrl.configure import configure_defense
 from ulrl.data.datasets import load_dataset
@@ -51,7 +51,7 @@ class Plan:
 
 
 def all_defenses() -> list[str]:
-    others = [n for n in DEFENSES if n not in ORDER and n not in REPAIRS_NOTHING]
+    others = [name for name, cls in DEFENSES.items() if cls.repairs and name not in ORDER]
     return [*(n for n in ORDER if n.split(":")[0] in DEFENSES), *others]
 
 

@@ -20,7 +20,6 @@ from ulrl.sweep.jobs import AttackJob
 FOLDER = re.compile(r"bench_(.+)_r([\d.]+)_c(\d+)")
 ATTACKS_AFTER = ("before", "retuned", "query", "universal")
 DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf")  # Harden's settings were chosen, or looked at, on these
-REPAIRS_NOTHING = ("b3d", "detect_label", "recover_trigger")
 PAGES = BENCH.parent
 FEWEST = 6  # records that the defenses share, for a ranking to be shown on the project's own pages
 
@@ -171,7 +170,7 @@ def words(runs: pd.DataFrame) -> list[str]:
 
 
 def _not_run(runs: pd.DataFrame) -> str:
-    never = [name for name in DEFENSES if name not in REPAIRS_NOTHING and name not in set(runs.defense)]
+    never = [name for name, cls in DEFENSES.items() if cls.repairs and name not in set(runs.defense)]
     return f"Not run: {', '.join(never)}." if never else ""
 
 

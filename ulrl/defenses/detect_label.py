@@ -23,6 +23,7 @@ class DetectLabel(Unlearning):
     without a backdoor they agree as well.
     """
 
+    repairs: ClassVar[bool] = False
     ignored: ClassVar[tuple[str, ...]] = ("client_optimizer",)  # the releases' files name unlearning's, sgd
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
