@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import resource
@@ -20,6 +21,7 @@ from conftest import TINY
 from PIL import Image
 
 from ulrl.cli import attack_main, defense_main
+from ulrl.cli.terminal import exit_with
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = {"attack": ("badnet", attack_main), "defense": ("ulrl", defense_main)}
@@ -357,6 +359,48 @@ def test_ctrl_c_in_training(tiny_home: Path, tmp_path: Path) -> None:
         process.kill()
     one_line(code, "", err.read_text(), ("interrupted",), wanted=130)
     assert tree(tiny_home) == before
+
+
+def test_ctrl_c_of_a_sweep_ends_its_jobs_and_what_they_half_wrote(tiny_home: Path, tmp_path: Path) -> None:
+    """The terminal sends it to all processes at once, also to those that are only starting."""
+    file, err = tmp_path / "long.yaml", tmp_path / "stderr"
+    file.write_text("attacks: {attack: badnet, dataset: digits, width: 4, epochs: 100000, device: cpu}\n")
+    before = {path for path in tree(tiny_home) if path.startswith("record/tiny")}
+    for at_work in (False, True):
+        with err.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ulrl", "sweep", str(file)], env=os.environ | {"ULRL_HOME": str(tiny_home)},
+                stdout=subprocess.DEVNULL, stderr=stream, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
+        try:
+            deadline, sign = time.monotonic() + 120, ".*.partial/*" if at_work else ".sweep"
+            while not list((tiny_home / "record").glob(sign)):
+                assert process.poll() is None, err.read_text()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert err.read_text().splitlines()[-1] == "ulrl: interrupted; what was there before is unchanged"
+        assert "Traceback" not in err.read_text()
+        assert not list((tiny_home / "record").glob(".*.partial"))
+        assert before <= set(tree(tiny_home))
+
+
+def test_an_interrupt_that_something_swallows_ends_the_command_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # as torch does around its import of numpy
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    with pytest.raises(SystemExit) as left:
+        exit_with(command)
+    assert left.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_of_a_script(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from bench.faults.lab import COMMANDS, LONG, Lab
 from bench.faults.processes import cpu_of, forked, started
 from bench.faults.units import compared, units
 
+# Whose judgement or cache a command that is to be stopped may have finished before.
+AS_IN = {"defense": "defense", "compare": "compare", "purify": "cache"}
+
 
 def kills(lab: Lab, what: str) -> None:
     """Every second one hits the first process only, whose children have to follow it."""
@@ -69,7 +72,8 @@ def stops(lab: Lab, what: str) -> None:
                     lost.append(f"left with {code}: {last} (after {moment:.1f} s of a processor)")
             else:
                 process.end()
-            lost += compared(home, before, lab.undisturbed("cache")[0] if what == "purify" else before)
+            wanted = lab.undisturbed(AS_IN[what])[0] if what in AS_IN else before
+            lost += compared(home, before, wanted)
             lost += [f"{path} is left" for path in home.rglob(".*.partial")]
             shutil.rmtree(home)
         lost += [f"took {cpu:.1f} s of a processor" for _, cpu in took if cpu > 2]

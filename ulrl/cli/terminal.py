@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ulrl.errors import LineFormatter, UserError, one_line
@@ -62,7 +63,7 @@ def print_path(path: str | os.PathLike[str]) -> None:
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
     try:
-        with _console_log(), _sigterm_as_ctrl_c():
+        with _console_log(), _stopped_by_signals():
             command()
             sys.stdout.flush()
     except UserError as error:
@@ -99,13 +100,30 @@ def _console_log() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """What a job scheduler or `kill` sends ends a run as cleanly."""
+def _stopped_by_signals() -> Iterator[None]:
+    """What a job scheduler or `kill` sends ends a run as cleanly as Ctrl-C.
+
+    Either is remembered: torch swallows what is raised while it imports numpy, and fails of something else then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        asked.set()
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as of a command in a shell's background
+            signal.signal(number, stop)
     try:
         yield
+    except Exception:
+        if asked.is_set():
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

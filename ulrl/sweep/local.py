@@ -6,18 +6,22 @@ it held is freed. They are forked from a server that has imported torch once, so
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing import connection
+import time
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 
 import torch
 
 from ulrl.files import home
 from ulrl.sweep.jobs import Job, attempt
+
+_STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
 class LocalEngine:
@@ -49,8 +53,14 @@ class LocalEngine:
             self._room[gpu] -= self._share(job)
         arguments = (job, str(home()), self._threads, gpu)
         process = self._context.Process(target=_work, args=arguments, name=job.name)
-        process.start()
-        self._running[process.sentinel] = process, job, gpu
+        resource_tracker.ensure_running()  # or the server's start does it, and unblocks the signals
+        # Ctrl-C reaches all, and the sweep decides. It waits until `close` can end the process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            process.start()
+            self._running[process.sentinel] = process, job, gpu
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
     def finished(self, timeout: float) -> list[tuple[Job, str]]:
         """The jobs whose process ended, after up to `timeout` seconds, and what killed it, if anything did."""
@@ -65,7 +75,13 @@ class LocalEngine:
         return ended
 
     def close(self) -> None:
-        for process, _, _ in self._running.values():
+        """End what still runs: each has a second to take away what it has half written."""
+        processes = [process for process, _, _ in self._running.values()]
+        for process in processes:
+            process.terminate()
+        end = time.monotonic() + 1
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
             process.kill()
             process.join()
 
@@ -75,14 +91,16 @@ class LocalEngine:
 
 def _work(job: Job, folder: str, threads: int, gpu: str) -> None:
     """The process of a job. It dies with the one that started it, whatever ended that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the sweep decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["ULRL_HOME"] = folder
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     faulthandler.enable()
-    attempt(job)
+    with contextlib.suppress(KeyboardInterrupt):  # what SIGTERM, from `close`, becomes
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        attempt(job)
 
 
 def _end_with_parent() -> None:
