@@ -164,7 +164,7 @@ OPEN = (
     "temporary file, `.NAME.*.partial`, beside it. What had the name before is whole.",
     "**File systems without locks** (some NFS). Two runs of one name are not kept apart there; a sweep refuses to start.",
     "**Ctrl-C within two seconds on the clock, on any machine.** Three moments of each command took at most 1.9 s at a load "
-    "of 3 on two cores; at a load of 20 one took 22 s, of which 1.5 s were of a processor",
+    "of 3 on two cores; at a load of 20 one took 22 s, of which 1.5 s were of a processor.",
     "**Ray between machines.** Its losses were tried on one machine, nodes as processes.",
     "**Advisories.** No database of them was reachable; CI asks where one is.",
     "**More than was tried.** Random damage ran for less than two hours on the clock, on a shared machine, and a kill's moment is a draw.",
