@@ -11,6 +11,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -200,8 +201,10 @@ def _taken(descriptor: int) -> bool:
 def _claim(partial: Path, folder: Path) -> int:
     """Lock `partial`, made where it is not there, so that a second run of the same name cannot write into it."""
     for left in reversed(range(100)):
-        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-            partial.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # One look: between two, the run that had it may end and another may make the folder.
+            if not stat.S_ISDIR(os.lstat(partial).st_mode):
+                partial.unlink()
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
