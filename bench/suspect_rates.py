@@ -94,7 +94,7 @@ def asked(folder: Path, ratio: float, seed: int) -> dict[str, Any]:
     asr, options = result["after"]["asr"], result["options"]
     one_target = asr is not None and options.get("attack_label_trans", "all2one") == "all2one"
     return {
-        "dataset": record.dataset, "attack": record.attack, "seed": seed,
+        "record": record.name, "dataset": record.dataset, "attack": record.attack, "seed": seed,
         "target": options["attack_target"] if one_target else None, "acc": round(result["after"]["acc"], 4), "asr": asr,
         "took": None if asr is None else asr >= TOOK, "verdict": found.verdict, "label": found.label,
         "reach": round(found.reach, 3), "z": round(found.z, 1), "z_highest": round(float(found.ranking.z.max()), 1),
@@ -113,8 +113,7 @@ def main() -> None:
     for folder, ratio, seed in todo:
         row = asked(folder, ratio, seed)
         print(row, flush=True)
-        same = ("dataset", "attack", "seed", "acc", "asr")
-        rows = [r for r in rows if any(r[k] != row[k] and not (pd.isna(r[k]) and row[k] is None) for k in same)] + [row]
+        rows = [*(r for r in rows if r["record"] != row["record"]), row]
         table = pd.DataFrame(rows).astype({"target": "Int64"})
         write_csv(RESULT, table)
     print(table.groupby(["dataset", "attack", "verdict"]).size())

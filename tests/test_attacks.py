@@ -1,9 +1,7 @@
-"""Every attack in the registry, on real digits: what it does to images and labels, and what it records."""
+"""Every attack in the registry, on real digits: what it does to images and labels."""
 
 from __future__ import annotations
 
-import io
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,76 +10,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attacking import CLEAN_LABEL, NO_TRAINING_SET, lab, learned, quick, sized
 from manners import refused
 from PIL import Image
-from rich.console import Console
 from scipy.fft import dctn, idctn
 
-from ulrl.attacks.base import ATTACKS, Attack
-from ulrl.attacks.lab import Lab
-from ulrl.configure import AttackRun, configure_attack
+from ulrl.attacks.base import ATTACKS
 from ulrl.data.datasets import dataset_spec, load_dataset
-from ulrl.data.imageset import DatasetSpec, ImageSet
+from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.metrics import perceptibility
-from ulrl.models import build_model
-from ulrl.record import load_record
-from ulrl.report.pictures import draw
-from ulrl.report.tables import result_table
-from ulrl.runs.attacking import run_attack
-from ulrl.training import Monitor, TrainOptions
+from ulrl.training import TrainOptions
 
-CONFIG = Path(__file__).parent.parent / "config" / "attack"
-CLEAN_LABEL = {"sig", "lc", "ctrl"}
 COVERED = {"adaptive_blend", "adaptive_patch", "tact"}
 CROSSED = {"wanet", "inputaware", "bpp"}
-NO_TRAINING_SET = {"prototype", "lira", "blind"}
 ONE_TARGET = CLEAN_LABEL | {"tact", "blind"}
 POISONING = [name for name in ATTACKS if name != "prototype"]
-
-# What makes a learning attack quick; rates that give whole samples on the few digits.
-QUICK: dict[str, dict[str, Any]] = {
-    "lc": {"pgd_steps": 3},
-    "lf": {"lf_steps": 3, "lf_images": 64},
-    "trojannn": {"mask_update_iters": 5},
-    "ssba": {"ssba_epochs": 1, "ssba_samples": 64},
-    "inputaware": {"clean_train_epochs": 1, "generator_width": 4},
-    "lira": {"both_train_epochs": 1, "generator_width": 4, "eps": 0.1},
-    "adaptive_blend": {"pratio": 0.05, "cover_rate": 0.05},
-    "adaptive_patch": {"pratio": 0.05, "cover_rate": 0.05},
-    "tact": {"pratio": 0.05, "cover_rate": 0.05},
-}
-
-
-def quick(name: str, **given: Any) -> Attack:
-    return ATTACKS[name](**{**QUICK.get(name, {}), **given})
-
-
-def sized(channels: int, side: int, count: int = 96) -> ImageSet:
-    """Digits of another size, gray or coloured at random."""
-    train, _ = load_dataset("digits")
-    part = train.subset(torch.arange(count))
-    images = F.interpolate(part.images.float(), (side, side), mode="bilinear")
-    tint = torch.rand(count, channels, 1, 1, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
-    spec = DatasetSpec(f"digits{side}", 10, channels, side, side, (0.3,) * channels, (0.4,) * channels)
-    return ImageSet((images * tint).to(torch.uint8), part.labels, spec)
-
-
-def lab(data: ImageSet, cache: Path, key: str = "") -> Lab:
-    def new_model(stream: str) -> torch.nn.Module:
-        return build_model("preactresnet18", 10, data.spec.channels, 4, stream=stream)
-
-    training = TrainOptions(epochs=1, batch_size=32)
-    return Lab(data, torch.arange(len(data)), training, Monitor(), new_model, None, cache, key)
-
-
-def learned(attack: Attack, data: ImageSet, cache: Path) -> Attack:
-    """The attack with all that its trigger needs, learned on a few images."""
-    attack = attack.learn(lab(data, cache))
-    if attack.trigger_from_training:
-        work = lab(data, cache)
-        attack = attack.train(work.new_model(""), work)
-    return attack
 
 
 @pytest.fixture(scope="module")
@@ -205,150 +149,6 @@ def test_blended_pattern_follows_the_seed() -> None:
     first, second = (ATTACKS["blended"](random_seed=s).poison(images, train=True) for s in (0, 1))
     assert not torch.equal(first, second)
     assert first.amax() == 51  # a fifth of 255: the pattern uses the whole range
-
-
-def make(attack: Attack, home: Path, monkeypatch: pytest.MonkeyPatch, **run: object) -> tuple[Path, dict[str, Any]]:
-    monkeypatch.setenv("ULRL_HOME", str(home))
-    options = AttackRun(**{"dataset": "digits", "width": 4, "save_folder_name": "made", "device": "cpu", **run})  # type: ignore[arg-type]
-    return run_attack(attack, options, TrainOptions(epochs=1, batch_size=64), bar=False)
-
-
-@pytest.mark.parametrize("name", list(ATTACKS))
-def test_record_holds_what_the_attack_did(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = quick(name, attack_target=3)
-    folder, result = make(attack, tmp_path, monkeypatch, train_samples=700)
-    record, (train, test) = load_record(folder), load_dataset("digits")
-    assert record.attack == name
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
-    kept = attack.with_learned(**torch.load(folder / "trigger.pt", weights_only=True))
-    poisoned = record.poisoned_test(test.spec)
-    assert torch.equal(poisoned.original_indices, attack.judged(test.labels))
-    assert torch.equal(poisoned.original_labels, test.labels[poisoned.original_indices])
-    if name == "prototype":
-        assert record.bd_train is None
-        assert result["after"]["asr"] is None
-        assert result["evidence"]["perceptibility"] is None
-        return
-    assert (poisoned.labels == 3).all()
-    from_record = kept.poison(test.images[poisoned.original_indices], train=False)
-    assert torch.equal(poisoned.images, from_record), "the record's own parameters make the trigger again"
-    draw(folder)
-    assert (folder / "trigger_preview.png").stat().st_size > 1000
-    hidden = result["evidence"]["perceptibility"]
-    assert 0 < hidden["linf"] <= 1
-    assert hidden["l2"] >= hidden["linf"]
-    assert -1 <= hidden["ssim"] < 1
-    if name in NO_TRAINING_SET:
-        assert record.bd_train is None
-        return
-    seen = record.poisoned_train(train)
-    assert len(seen) == 700, "the subset that the model was trained on"
-    changed = seen.labels != seen.original_labels
-    assert (seen.labels[changed] == 3).all()
-    assert not changed.any() or name not in CLEAN_LABEL
-    listed = {kind: _index(folder / f"{kind}_index.txt") for kind in ("poison", "cover")}
-    assert len(listed["poison"]) == result["evidence"]["poisoned"] > 0
-    assert len(listed["cover"]) == result["evidence"]["covers"]
-    touched = (seen.images != train.images[seen.original_indices]).flatten(1).any(1)
-    assert set(seen.original_indices[touched].tolist()) <= listed["poison"] | listed["cover"]
-    assert set(seen.original_indices[changed].tolist()) <= listed["poison"]
-    assert record.bd_train is not None
-    covers = set(record.bd_train.indices[record.bd_train.cover].tolist())
-    assert covers == listed["cover"], "covers are told from poisoned samples"
-
-
-def test_a_backdoor_that_did_not_take_is_called_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One poisoned image plants nothing; a half of them do; without a trigger there is nothing to say."""
-    for attack, expected in (
-        (quick("badnet", p_num=1), False),
-        (quick("badnet", pratio=0.5, patch_size=4), True),
-        (ATTACKS["prototype"](), None),
-    ):
-        caplog.clear()
-        epochs = TrainOptions(epochs=3, batch_size=64, lr=0.05)
-        monkeypatch.setenv("ULRL_HOME", str(tmp_path))
-        options = AttackRun(dataset="digits", width=8, save_folder_name=f"{expected}", device="cpu")
-        folder, result = run_attack(attack, options, epochs, bar=False)
-        assert json.loads((folder / "result.json").read_text())["took"] is result["took"] is expected
-        words = f"did not take: ASR {100 * (result['after']['asr'] or 0):.1f}%, below 50%"
-        assert (words in caplog.text) == (words in next(folder.glob("*.log")).read_text()) == (expected is False)
-        table = Console(file=io.StringIO(), width=80)
-        table.print(result_table(result))
-        assert ("did not take: ASR below 50%" in table.file.getvalue()) == (expected is False)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    "name", sorted(f.parent.name for f in CONFIG.glob("*/digits.yaml") if f.parent.name != "prototype")
-)
-def test_shipped_settings_for_the_digits_plant(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the default does not. Seen: 86.7 to 100%, over three seeds and two ways of rounding.
-
-    With --draws 49% were seen of adaptive_patch, whose patches are drawn, and may be dark on dark.
-    """
-    monkeypatch.setenv("ULRL_HOME", str(tmp_path))
-    said = {"dataset": "digits", "device": "cpu", "save_folder_name": "made"}
-    _, result = run_attack(*configure_attack(name, said, AttackRun, quiet=True), bar=False)
-    assert result["options"]["width"] == 16
-    assert result["after"]["asr"] > 0.4
-    assert result["after"]["acc"] > 0.85
-
-
-def _index(file: Path) -> set[int]:
-    return {int(line) for line in file.read_text().split()} if file.exists() else set()
-
-
-def test_unfinished_run_hands_down_what_it_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in training: the next run of that name computes nothing twice, unless its options differ."""
-    cls = ATTACKS["trojannn"]
-    searched: list[int] = []
-    invert = cls._invert  # type: ignore[attr-defined]
-    monkeypatch.setattr(cls, "_invert", lambda self, lab: searched.append(1) or invert(self, lab))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cls, "train", lambda self, model, lab: (_ for _ in ()).throw(KeyboardInterrupt()))
-        make(quick("trojannn"), tmp_path, monkeypatch)
-    assert not (tmp_path / "record" / "made").exists()
-    assert searched == [1]
-    folder, result = make(quick("trojannn"), tmp_path, monkeypatch)
-    assert searched == [1]
-    assert "clean model" not in result["seconds"]
-    assert [p.name for p in (tmp_path / "record").iterdir()] == ["made"]
-    make(quick("trojannn"), tmp_path, monkeypatch, overwrite=True)
-    assert searched == [1], "a record that is replaced hands it down too"
-    make(quick("trojannn", trojan_eps=0.2), tmp_path, monkeypatch, overwrite=True)
-    assert searched == [1, 1]
-
-
-def test_a_patch_that_adds_nothing_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where darkness excites the chosen neurons most."""
-    cls, data = ATTACKS["trojannn"], sized(1, 8)
-    for patch in (torch.zeros(1, 8, 8), torch.eye(8)[None]):
-        monkeypatch.setattr(cls, "_invert", lambda self, lab, patch=patch: patch)
-        folder = tmp_path / str(patch.any().item())
-        folder.mkdir()
-        caplog.clear()
-        learned(quick("trojannn"), data, folder)
-        assert ("--num_neuron" in caplog.text) == (not patch.any())
-
-
-def test_damaged_cache_is_computed_again(tmp_path: Path) -> None:
-    data = sized(1, 8)
-    first = learned(quick("trojannn"), data, tmp_path)
-    for file in tmp_path.iterdir():
-        file.write_bytes(file.read_bytes()[:50])
-    assert torch.equal(first.learned["pattern"], learned(quick("trojannn"), data, tmp_path).learned["pattern"])
-
-
-def test_clean_model_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(ATTACKS["prototype"](), tmp_path, monkeypatch, save_folder_name="clean", width=8)
-    _, result = make(quick("lf"), tmp_path, monkeypatch, clean_model="clean")
-    assert "clean model" not in result["seconds"]
-    assert "pattern" in result["seconds"]
-    refused(lambda: make(ATTACKS["badnet"](), tmp_path, monkeypatch, clean_model="clean"), "--clean_model", "badnet")
-    refused(lambda: make(quick("lf"), tmp_path, monkeypatch, clean_model="nowhere"), "nowhere")
 
 
 def test_clean_label_counts_are_of_the_target_class(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -480,15 +280,6 @@ def test_adaptive_training_shows_half_of_the_tiles_and_judging_all() -> None:
     assert torch.equal(corners, torch.eye(4, dtype=torch.bool)), "image i carries patch i"
 
 
-def test_lira_saves_the_classifier_of_its_second_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, result = make(quick("lira"), tmp_path, monkeypatch)
-    first = torch.load(folder / "learned" / "joint.pt", weights_only=True)["tensors"]
-    assert all(name.startswith("generator.") for name in torch.load(folder / "trigger.pt", weights_only=True))
-    final = load_record(folder).state_dict
-    assert not torch.equal(first["classifier.linear.weight"], final["linear.weight"])
-    assert {"joint", "train"} <= set(result["seconds"])
-
-
 @pytest.mark.parametrize("name", ["lira", "inputaware"])
 def test_a_generator_learns_from_one_gradient_a_step(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -538,28 +329,6 @@ def normalised(images: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:
     return (images.float() / 255 - spec.mean[0]) / spec.std[0]
 
 
-def test_ready_made_images_are_taken_by_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BackdoorBench's files: one array for the whole split, here each image filled with a number of its own."""
-    train, test = load_dataset("digits")
-    for split, data in (("train", train), ("test", test)):
-        numbers = (np.arange(len(data)) % 200).astype(np.uint8)
-        np.save(tmp_path / f"{split}.npy", np.broadcast_to(numbers[:, None, None, None], (len(data), 8, 8, 1)))
-    files = {f"attack_{s}_replace_imgs_path": str(tmp_path / f"{s}.npy") for s in ("train", "test")}
-    folder, _ = make(ATTACKS["ssba"](**files), tmp_path, monkeypatch, train_samples=700)
-    record = load_record(folder)
-    shown = record.poisoned_test(test.spec)
-    assert torch.equal(shown.images[:, 0, 0, 0].long(), shown.original_indices % 200)
-    seen = record.poisoned_train(train)
-    listed = torch.tensor(sorted(_index(folder / "poison_index.txt")))
-    at = torch.isin(seen.original_indices, listed)
-    assert torch.equal(seen.images[at][:, 0, 0, 0].long(), seen.original_indices[at] % 200)
-    refused(lambda: ATTACKS["ssba"](attack_test_replace_imgs_path="x").check(test.spec), "give both")
-    np.save(tmp_path / "train.npy", np.zeros((3, 8, 8, 1), np.uint8))
-    refused(lambda: make(ATTACKS["ssba"](**files), tmp_path / "b", monkeypatch), "train.npy has 3 images")
-    np.save(tmp_path / "train.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    refused(lambda: make(ATTACKS["ssba"](**files), tmp_path / "b", monkeypatch), "no readable .npy", "train.npy")
-
-
 def test_ready_made_images_are_put_where_the_others_are(tmp_path: Path) -> None:
     """On a GPU they were left on the CPU. The device `meta` is as far away, and everywhere."""
     _, test = load_dataset("digits")
@@ -598,21 +367,6 @@ def test_perceptibility_by_hand() -> None:
         for x, y in windows
     ]  # fmt: skip
     assert perceptibility(clean[:1], clean[:1] + 51).ssim == pytest.approx(np.mean(by_hand), abs=1e-3)
-
-
-def test_same_seed_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = []
-    for home, seed in (("a", 0), ("b", 0), ("c", 1)):
-        folder, _ = make(ATTACKS["badnet"](random_seed=seed), tmp_path / home, monkeypatch, random_seed=seed)
-        weights.append(torch.cat([w.flatten().float() for w in load_record(folder).state_dict.values()]))
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_global_generator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.random.get_rng_state()
-    make(ATTACKS["badnet"](), tmp_path, monkeypatch)
-    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_badnet_mask_of_another_size_stays_crisp(tmp_path: Path) -> None:

@@ -55,12 +55,12 @@ class LocalEngine:
         process = self._context.Process(target=_work, args=arguments, name=job.name)
         resource_tracker.ensure_running()  # or the server's start does it, and unblocks the signals
         # Ctrl-C reaches all, and the sweep decides. It waits until `close` can end the process.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
             process.start()
             self._running[process.sentinel] = process, job, gpu
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def finished(self, timeout: float) -> list[tuple[Job, str]]:
         """The jobs whose process ended, after up to `timeout` seconds, and what killed it, if anything did."""
