@@ -177,6 +177,7 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
         assert (acc, asr) == (f"{100 * line.acc_mean:.2f}", f"{100 * line.asr_mean:.2f}"), "as `ulrl results` says"
         assert (runs, records) == (str(line.n), str(line.records))
     assert "b3dFINDS ONLY" in table, "not ranked, not missing"
+    assert browser.texts("#record-list .record")[0].endswith("2 repairs")
     assert [e for e in browser.texts("#heat tbody th") if "did not take" in e] == ["sigdid not take"]
     browser.click("input[name=duds]")
     assert "On 4 shared records" in browser.texts("#headline")[0]

@@ -4,7 +4,7 @@ const sections = new Map(); // made when first listed or opened
 
 function records() {
   const found = [...group([...runs.values()].filter(matches), (row) => row.record_id).values()]
-    .map((own) => [own.find(isBaseline) || own[0], own.filter((row) => !isBaseline(row)).length])
+    .map((own) => [own.find(isBaseline) || own[0], own.filter((row) => !isBaseline(row) && row.repairs).length])
     .sort(([a], [b]) => dud(a) - dud(b) || order(a.record, b.record));
   const [visible, more] = some("records", found, FIRST_PICTURES, records);
   byId("record-list").replaceChildren(...visible.map(([row, defended]) => h("a", { class: "record", href: "#" + row.id },
