@@ -13,6 +13,7 @@ from ulrl.files import whole_file
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
+TEXT = ("flagged", "missed", "took", "what_it_took")  # columns of words, some of them empty or a class alone
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided, by degrees of freedom
 
 
@@ -38,6 +39,21 @@ def cell(values: Sequence[float]) -> str:
     if not n:
         return ""
     return f"{percent(mean)} ({n})" if math.isnan(half) else f"{percent(mean)} ±{percent(half)} ({n})"
+
+
+def with_earlier(path: Path, frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+    """`frame` and those rows of an earlier table in `path` whose `key` it lacks, in the order of the key.
+
+    Records are too large to travel with the project and a machine may lose them, so what was measured stays in the
+    CSV until it is measured anew. A victim that another machine trains by the same recipe may differ in its last bits.
+    """
+    if not path.is_file():
+        return frame
+    columns = pd.read_csv(path, nrows=0).columns
+    earlier = pd.read_csv(path, dtype={name: str for name in TEXT if name in columns})
+    earlier = earlier.fillna({name: "" for name in TEXT if name in columns})
+    both = pd.concat([part for part in (earlier, frame) if len(part)], ignore_index=True)
+    return both.drop_duplicates(list(key), keep="last").sort_values(list(key), ignore_index=True)
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

@@ -1,11 +1,12 @@
 """Harden against the methods it is to replace, and with each of its parts left out:
 
-    python -m bench.successor [--seeds 0 1 2] [--records NAME ...] [VARIANT ...]
+    python -m bench.successor [--seeds 0 1 2] [--ratio 0.01] [--records NAME ...] [VARIANT ...]
 
-Records of fashion_scenes under $ULRL_HOME/record/, clean nets among them (those of `python -m bench.victims`, or any
-others); 600 clean images per seed. Judged on all 10,000 clean and 9,000 triggered test images. Each run leaves a file
-in $ULRL_HOME/successor/, so a stopped one goes on where it was and several may work side by side; the tables in
-docs/method.md and README.md and bench/results/successor.csv are made from those files, of whatever has run.
+Records under $ULRL_HOME/record/, clean nets among them (those of `python -m bench.victims`, or any others, such as of
+bench.many_classes' data); a share of the clean training images per seed. Judged on all clean and triggered test images,
+beside the clean nets of the same architecture, width and data. Each run leaves a file in $ULRL_HOME/successor/, so a
+stopped one goes on where it was and several may work side by side; bench/results/successor.csv is made of these and of
+what it held, and from it the tables in docs/method.md and README.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bench.pages import RESULTS, interval, percent, write_block, write_csv
+from bench.pages import RESULTS, interval, percent, with_earlier, write_block, write_csv
 from ulrl.data.datasets import clean_subset, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import DEFENSES, Defense
@@ -33,7 +35,8 @@ from ulrl.models import load_model
 from ulrl.record import Record, find_record
 from ulrl.training import Monitor, judge
 
-DATASET = "fashion_scenes"
+PREFIX = "bench_fashion_scenes_"  # of a record's name, which the tables leave out
+RATIO = 0.01  # the share of the training images that the goal is about
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FRONT = ROOT / "docs" / "method.md", ROOT / "README.md"
 
@@ -59,33 +62,58 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def net(record: Record) -> nn.Module:
-    return load_model(record.model_name, record.num_classes, record.state_dict, 3)
+@dataclass(frozen=True)
+class Bed:
+    """A record, what it is repaired with and judged on, and the clean nets of its kind."""
+
+    record: Record
+    train: ImageSet
+    test: ImageSet
+    poisoned: PoisonedSet | None
+    cleans: list[Record]
+
+    @classmethod
+    def of(cls, record: Record, others: Iterable[Record], dataset_path: str) -> Bed:
+        train, test = load_dataset(record.dataset, dataset_path, record.img_size[:2])
+        poisoned = None if _is_clean(record) else record.poisoned_test(test.spec)
+        return cls(record, train, test, poisoned, [r for r in others if _is_clean(r) and _kind(r) == _kind(record)])
+
+    def net(self, record: Record | None = None) -> nn.Module:
+        record = record or self.record
+        return load_model(record.model_name, record.num_classes, record.state_dict, self.test.spec.channels)
+
+    def judged(self, model: nn.Module) -> Judgement:
+        return judge(model, self.test, self.poisoned)
 
 
-def triggered(record: Record, test: ImageSet) -> PoisonedSet | None:
-    if record.attack == "prototype":
-        return None
-    return record.poisoned_test(test.spec)
+def _is_clean(record: Record) -> bool:
+    return record.attack == "prototype"
 
 
-def measure(record: Record, variant: str, seed: int, train: ImageSet, test: ImageSet, cleans: list[Record]) -> None:
+def _kind(record: Record) -> tuple[object, ...]:
+    """What two nets have in common whose figures can be compared."""
+    shapes = [tuple(weight.shape) for weight in record.state_dict.values()]
+    return record.model_name, record.dataset, record.num_classes, shapes
+
+
+def measure(bed: Bed, variant: str, seed: int, ratio: float) -> None:
     """One run, unless its file is there."""
-    file = home() / "successor" / f"{record.name}__{variant.replace(' ', '-')}__{seed}.json"
+    record = bed.record
+    share = "" if ratio == RATIO else f"__{ratio:g}"
+    file = home() / "successor" / f"{record.name}__{variant.replace(' ', '-')}__{seed}{share}.json"
     if file.exists():
         return
     name, options = VARIANTS[variant]
     defense: Defense = DEFENSES[name](random_seed=seed, **options)
-    poisoned = triggered(record, test)
-    model = net(record)
-    before = judge(model, test, poisoned)
-    reached = [judge(net(clean), test, poisoned) for clean in cleans if poisoned is not None]
+    model = bed.net()
+    before = bed.judged(model)
+    reached = [bed.judged(bed.net(clean)) for clean in bed.cleans if bed.poisoned is not None]
     start = time.process_time()
-    repair = defense.run(model, train.subset(clean_subset(len(train), 0.01, seed)), Monitor())
+    repair = defense.run(model, bed.train.subset(clean_subset(len(bed.train), ratio, seed)), Monitor())
     seconds = time.process_time() - start
-    after = judge(repair.model, test, poisoned)
+    after = bed.judged(repair.model)
     row = {
-        "record": record.name, "attack": record.attack, "variant": variant, "seed": seed,
+        "record": record.name, "attack": record.attack, "variant": variant, "ratio": ratio, "seed": seed,
         "acc_before": before.acc, "acc": after.acc, "asr_before": before.asr, "asr": after.asr, "ra": after.ra,
         "clean_asr": _mean(reached, "asr"), "clean_ra": _mean(reached, "ra"),
         "flagged": " ".join(map(str, repair.flagged)), "cpu_seconds": seconds,
@@ -102,19 +130,19 @@ def _mean(judgements: list[Judgement], key: str) -> float | None:
 
 
 def table(runs: pd.DataFrame) -> Iterator[str]:
-    """Per record and variant: accuracy lost, and what is left to a clean net's ASR and RA, in points."""
-    yield "| record | method | ACC change | ASR (clean net's) | RA (clean net's) | flagged | CPU s | runs |"
-    yield "|---|---|---:|---:|---:|---|---:|---:|"
+    """Per record, share of clean images and variant: accuracy lost, and ASR and RA beside a clean net's, in points."""
+    yield "| record | clean | method | ACC change | ASR (clean net's) | RA (clean net's) | flagged | CPU s | runs |"
+    yield "|---|---:|---|---:|---:|---:|---|---:|---:|"
     order = list(VARIANTS)
-    for (record, variant), cell in sorted(
-        runs.groupby(["record", "variant"]), key=lambda item: (item[0][0], order.index(item[0][1]))
+    for (record, ratio, variant), cell in sorted(
+        runs.groupby(["record", "ratio", "variant"]), key=lambda item: (*item[0][:2], order.index(item[0][2]))
     ):
         change = [a - b for a, b in zip(cell.acc, cell.acc_before, strict=True)]
         asr, ra = ("", "") if cell.asr.isna().all() else (_beside(cell, "asr"), _beside(cell, "ra"))
         flagged = ", ".join(f or "none" for f in cell.flagged)
         yield (
-            f"| {record} | {variant} | {100 * interval(change)[0]:+.1f} | {asr} | {ra} | {flagged} "
-            f"| {cell.cpu_seconds.mean():.0f} | {len(cell)} |"
+            f"| {record.removeprefix(PREFIX)} | {percent(ratio)}% | {variant} | {100 * interval(change)[0]:+.1f} "
+            f"| {asr} | {ra} | {flagged} | {cell.cpu_seconds.mean():.0f} | {len(cell)} |"
         )
 
 
@@ -128,9 +156,9 @@ CLEAN_LOSS = 0.5
 
 def goal(runs: pd.DataFrame) -> str:
     """Which parts of the goal Harden meets, over records, each the mean of its seeds: counts, mean and worst."""
-    runs = runs[runs.variant == "harden"]
+    runs = runs[(runs.variant == "harden") & _of_the_goal(runs)]
     short = pd.DataFrame({
-        "record": runs.record, "asr": runs.asr - runs.clean_asr, "ra": runs.clean_ra - runs.ra,
+        "record": runs.record.str.removeprefix(PREFIX), "asr": runs.asr - runs.clean_asr, "ra": runs.clean_ra - runs.ra,
         "acc": runs.acc_before - runs.acc,
     }).groupby("record").mean() * 100  # fmt: skip
     clean = short.asr.isna()
@@ -139,6 +167,11 @@ def goal(runs: pd.DataFrame) -> str:
     counted = "-".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     lost = _met(short[clean].acc, f"at most {CLEAN_LOSS:g}", CLEAN_LOSS)
     return f"**Of {(~clean).sum()} backdoored nets, {counted} seeds each: {'; '.join(parts)}. Clean nets: {lost}.**"
+
+
+def _of_the_goal(runs: pd.DataFrame) -> pd.Series:
+    """bool: whether a run is of the bench's own victims and share of clean images."""
+    return runs.record.str.startswith(PREFIX) & (runs.ratio == RATIO)
 
 
 def _met(excess: pd.Series, words: str, allowed: float) -> str:
@@ -150,6 +183,7 @@ def front(runs: pd.DataFrame) -> Iterator[str]:
     """For the project's front page: a line per record that both methods repaired, ASR / RA / change of ACC."""
     yield "| attack | a clean net | none | ULRL | Harden |"
     yield "|---|---|---|---|---|"
+    runs = runs[_of_the_goal(runs)]
     cells = {key: cell for key, cell in runs.groupby(["record", "variant"])}
     for record in dict.fromkeys(runs.sort_values("attack", kind="stable").record):
         both = [cells.get((record, variant)) for variant in ("ulrl", "harden")]
@@ -158,11 +192,11 @@ def front(runs: pd.DataFrame) -> Iterator[str]:
         own = runs[runs.record == record]
         changes = [f"{100 * (cell.acc - cell.acc_before).mean():+.1f}" for cell in both]
         if own.asr.isna().all():
-            yield f"| {record} | | | {changes[0]} | {changes[1]} |"
+            yield f"| {record.removeprefix(PREFIX)} | | | {changes[0]} | {changes[1]} |"
             continue
         figures = [f"{_percents(cell, 'asr', 'ra')} / {change}" for cell, change in zip(both, changes, strict=True)]
         reach, before = _percents(own, "clean_asr", "clean_ra"), percent(own.asr_before.mean())
-        yield f"| {record} | {reach} | {before} | {figures[0]} | {figures[1]} |"
+        yield f"| {record.removeprefix(PREFIX)} | {reach} | {before} | {figures[0]} | {figures[1]} |"
 
 
 def _percents(cell: pd.DataFrame, *keys: str) -> str:
@@ -178,25 +212,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", default=list(VARIANTS), help="; ".join(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--ratio", type=float, default=RATIO, help="share of the training images that is clean")
     parser.add_argument("--records", nargs="+", metavar="NAME", help="all that are there, if not given")
+    parser.add_argument("--dataset_path", default="./data")
     args = parser.parse_args()
     if unknown := set(args.variants) - set(VARIANTS):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     folders = sorted(f for f in (home() / "record").iterdir() if (f / "result.json").is_file())
     records = {f.name: find_record(f.name) for f in folders}
-    records = {name: r for name, r in records.items() if r.dataset == DATASET}
-    cleans = [r for r in records.values() if r.attack == "prototype"]
-    train, test = load_dataset(DATASET)
     for seed in args.seeds:
-        for variant in args.variants:
-            for name in args.records or records:
-                measure(records[name], variant, seed, train, test, cleans)
+        for name in args.records or records:
+            bed = Bed.of(records[name], records.values(), args.dataset_path)
+            for variant in args.variants:
+                measure(bed, variant, seed, args.ratio)
     files = sorted((home() / "successor").glob("*.json"))
     runs = pd.DataFrame([json.loads(file.read_text()) for file in files])
+    runs = with_earlier(RESULTS / "successor.csv", runs, ("record", "variant", "ratio", "seed"))
     write_csv(RESULTS / "successor.csv", runs)
     write_block("goal", [goal(runs)], PAGE)
-    write_block("successor", list(table(runs)), PAGE)
+    mine = _of_the_goal(runs)
+    write_block("successor", list(table(runs[mine])), PAGE)
+    write_block("elsewhere", list(table(runs[~mine])), PAGE)
     write_block("results", list(front(runs)), FRONT)
 
 

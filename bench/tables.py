@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from bench.pages import FOLDER as BENCH
-from bench.pages import RESULTS, cell, interval, percent, write_block, write_csv
+from bench.pages import RESULTS, cell, interval, percent, with_earlier, write_block, write_csv
 from bench.victims import took_of, victim_of
 from ulrl.defenses.base import DEFENSES
 from ulrl.sweep.jobs import AttackJob
@@ -113,7 +113,12 @@ def ranking(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def report(profile: str, frame: pd.DataFrame) -> None:
-    """Print the tables and, unless it is the smoke profile, write them to bench/results/ and into the README."""
+    """Print the tables and, unless it is the smoke profile, write them to bench/results/ and into the README.
+
+    Those are of earlier runs, too, whose records are no longer there.
+    """
+    if profile != "smoke":
+        frame = with_earlier(RESULTS / f"quality_{profile}.csv", frame, ("record", "defense", "ratio", "subset"))
     if frame.empty or "distance" not in frame:
         print("no table: no repair is there, or nothing of the clean nets (--measure reach)")
         return

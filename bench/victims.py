@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.pages import RESULTS, percent, write_block, write_csv
+from bench.pages import RESULTS, percent, with_earlier, write_block, write_csv
 from ulrl.configure import AttackRun, attack_schema, configure_attack
 from ulrl.errors import UserError
 from ulrl.files import home
@@ -237,10 +237,12 @@ def report(profile: str, jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
     frame = table(jobs)
     if profile == "smoke" or frame.empty:
         return frame
-    write_csv(RESULTS / f"victims_{profile}.csv", frame)
+    file = RESULTS / f"victims_{profile}.csv"
+    known = with_earlier(file, frame, ("record",))
+    write_csv(file, known)
     lines = ["| victim | rate | target | seed | width | epochs | ACC | clean ACC | ASR | RA | | what it took |",
              "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|"]  # fmt: skip
-    for row in frame.to_dict("records"):
+    for row in known.to_dict("records"):
         rate = "" if pd.isna(row["rate"]) else percent(row["rate"])
         target = "" if pd.isna(row["target"]) else f"{row['target']:.0f}"
         figures = " | ".join(percent(row[k]) for k in ("acc", "clean_acc", "asr", "ra"))
@@ -248,7 +250,7 @@ def report(profile: str, jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
             f"| {row['attack']} | {rate} | {target} | {row['seed']} | {row['width']} | {row['epochs']} | {figures} | "
             f"{row['took']} | {row['what_it_took']} |"
         )
-    write_block(f"victims {profile}", [f"{len(frame)} of {len(jobs)} records are there.", "", *lines])
+    write_block(f"victims {profile}", [f"{len(known)} of {len(jobs)} records have been made.", "", *lines])
     return frame
 
 

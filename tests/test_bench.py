@@ -16,10 +16,10 @@ from torch import nn
 
 from bench import pages, speed
 from bench.idle import idle_jobs
-from bench.pages import cell, interval, write_block
+from bench.pages import cell, interval, with_earlier, write_block, write_csv
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
-from bench.successor import front, goal
+from bench.successor import PREFIX, RATIO, front, goal
 from bench.tables import FOLDER, _marks, _titles, distance, ranking, words
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
@@ -97,8 +97,8 @@ def test_a_victim_that_did_not_take_is_marked_in_a_table() -> None:
 
 def test_the_front_page_shows_what_both_methods_repaired() -> None:
     def run(record: str, variant: str, asr: float | None, acc: float) -> dict[str, Any]:
-        figures = {"ra": asr, "clean_asr": 0.1, "clean_ra": 0.9, "asr_before": 1.0, "attack": record}
-        return {"record": record, "variant": variant, "asr": asr, "acc": acc, "acc_before": 0.9, **figures}
+        figures = {"ra": asr, "clean_asr": 0.1, "clean_ra": 0.9, "asr_before": 1.0, "attack": record, "ratio": RATIO}
+        return {"record": PREFIX + record, "variant": variant, "asr": asr, "acc": acc, "acc_before": 0.9, **figures}
 
     both = [
         run(r, v, asr, acc) for r, asr in (("lf", 0.2), ("clean", None)) for v, acc in (("ulrl", 0.8), ("harden", 0.89))
@@ -110,16 +110,32 @@ def test_the_front_page_shows_what_both_methods_repaired() -> None:
 
 def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> None:
     def run(record: str, asr: float | None, ra: float | None, acc: float, seed: int) -> dict[str, Any]:
-        return {"record": record, "variant": "harden", "asr": asr, "ra": ra, "acc": acc, "seed": seed,
-                "acc_before": 0.9, "clean_asr": 0.02, "clean_ra": 0.85}  # fmt: skip
+        return {"record": PREFIX + record, "variant": "harden", "asr": asr, "ra": ra, "acc": acc, "seed": seed,
+                "ratio": RATIO, "acc_before": 0.9, "clean_asr": 0.02, "clean_ra": 0.85}  # fmt: skip
 
     runs = [run("lf", 0.01, 0.85, 0.895, 0), run("lf", 0.03, 0.83, 0.889, 1), run("sig", 0.4, 0.5, 0.87, 0)]
-    said = goal(pd.DataFrame([*runs, run("clean0", None, None, 0.89, 0), run("clean1", None, None, 0.9, 0)]))
+    others = [run("sig", 0.9, 0.1, 0.5, 0) | other for other in ({"ratio": 0.05}, {"record": "vgg"})]
+    clean = [run("clean0", None, None, 0.89, 0), run("clean1", None, None, 0.9, 0)]
+    said = goal(pd.DataFrame([*runs, *clean, *others]))
     assert "Of 2 backdoored nets, 1-2 seeds each" in said
     assert "ASR within 1 point of a clean net's: 1 of 2 (+19.0 in the mean, +38.0 at worst, sig)" in said
     assert "RA within 5 points of it: 1 of 2 (+18.0 in the mean, +35.0 at worst, sig)" in said
     assert "at most 1 point of ACC lost: 1 of 2 (+1.9 in the mean, +3.0 at worst, sig)" in said
     assert "Clean nets: at most 0.5: 1 of 2 (+0.5 in the mean, +1.0 at worst, clean0)" in said
+
+
+def test_what_was_measured_where_the_records_lay_stays_in_the_table(tmp_path: Path) -> None:
+    file = tmp_path / "runs.csv"
+    row = {"record": "b", "seed": 0, "asr": 0.5, "flagged": "6"}
+    write_csv(file, pd.DataFrame([row, row | {"seed": 1, "flagged": ""}, row | {"record": "c", "asr": None}]))
+    again = pd.DataFrame([row | {"record": "a", "flagged": "0 5"}, row | {"asr": 0.25}])
+    for _ in range(2):
+        known = with_earlier(file, again, ("record", "seed"))
+        write_csv(file, known)
+        assert known.record.tolist() == ["a", "b", "b", "c"]
+        assert known.asr.tolist()[:3] == [0.5, 0.25, 0.5]
+        assert known.flagged.tolist() == ["0 5", "6", "", "6"]
+    assert len(with_earlier(file, pd.DataFrame(), ("record", "seed"))) == 4
 
 
 def test_a_victim_has_to_take() -> None:
