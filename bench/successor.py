@@ -35,7 +35,8 @@ from ulrl.models import load_model
 from ulrl.record import Record, find_record
 from ulrl.training import Monitor, judge
 
-PREFIX = "bench_fashion_scenes_"  # of a record's name, which the tables leave out
+PREFIX = "bench_fashion_scenes_"
+COMMON = {"p0.1", "p0.5", "s0", "w16"}  # parts of a record's name that most have, and the tables leave out
 RATIO = 0.01  # the share of the training images that the goal is about
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FRONT = ROOT / "docs" / "method.md", ROOT / "README.md"
@@ -141,7 +142,7 @@ def table(runs: pd.DataFrame) -> Iterator[str]:
         asr, ra = ("", "") if cell.asr.isna().all() else (_beside(cell, "asr"), _beside(cell, "ra"))
         flagged = ", ".join(f or "none" for f in cell.flagged)
         yield (
-            f"| {record.removeprefix(PREFIX)} | {percent(ratio)}% | {variant} | {100 * interval(change)[0]:+.1f} "
+            f"| {_label(record)} | {percent(ratio)}% | {variant} | {100 * interval(change)[0]:+.1f} "
             f"| {asr} | {ra} | {flagged} | {cell.cpu_seconds.mean():.0f} | {len(cell)} |"
         )
 
@@ -158,7 +159,7 @@ def goal(runs: pd.DataFrame) -> str:
     """Which parts of the goal Harden meets, over records, each the mean of its seeds: counts, mean and worst."""
     runs = runs[(runs.variant == "harden") & _of_the_goal(runs)]
     short = pd.DataFrame({
-        "record": runs.record.str.removeprefix(PREFIX), "asr": runs.asr - runs.clean_asr, "ra": runs.clean_ra - runs.ra,
+        "record": runs.record.map(_label), "asr": runs.asr - runs.clean_asr, "ra": runs.clean_ra - runs.ra,
         "acc": runs.acc_before - runs.acc,
     }).groupby("record").mean() * 100  # fmt: skip
     clean = short.asr.isna()
@@ -167,6 +168,10 @@ def goal(runs: pd.DataFrame) -> str:
     counted = "-".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     lost = _met(short[clean].acc, f"at most {CLEAN_LOSS:g}", CLEAN_LOSS)
     return f"**Of {(~clean).sum()} backdoored nets, {counted} seeds each: {'; '.join(parts)}. Clean nets: {lost}.**"
+
+
+def _label(record: str) -> str:
+    return "_".join(part for part in record.removeprefix(PREFIX).split("_") if part not in COMMON)
 
 
 def _of_the_goal(runs: pd.DataFrame) -> pd.Series:
@@ -192,11 +197,11 @@ def front(runs: pd.DataFrame) -> Iterator[str]:
         own = runs[runs.record == record]
         changes = [f"{100 * (cell.acc - cell.acc_before).mean():+.1f}" for cell in both]
         if own.asr.isna().all():
-            yield f"| {record.removeprefix(PREFIX)} | | | {changes[0]} | {changes[1]} |"
+            yield f"| {_label(record)} | | | {changes[0]} | {changes[1]} |"
             continue
         figures = [f"{_percents(cell, 'asr', 'ra')} / {change}" for cell, change in zip(both, changes, strict=True)]
         reach, before = _percents(own, "clean_asr", "clean_ra"), percent(own.asr_before.mean())
-        yield f"| {record.removeprefix(PREFIX)} | {reach} | {before} | {figures[0]} | {figures[1]} |"
+        yield f"| {_label(record)} | {reach} | {before} | {figures[0]} | {figures[1]} |"
 
 
 def _percents(cell: pd.DataFrame, *keys: str) -> str:
@@ -215,17 +220,24 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=RATIO, help="share of the training images that is clean")
     parser.add_argument("--records", nargs="+", metavar="NAME", help="all that are there, if not given")
     parser.add_argument("--dataset_path", default="./data")
+    parser.add_argument("--tables", action="store_true", help="only make the tables of what has run")
     args = parser.parse_args()
     if unknown := set(args.variants) - set(VARIANTS):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    folders = sorted(f for f in (home() / "record").iterdir() if (f / "result.json").is_file())
-    records = {f.name: find_record(f.name) for f in folders}
-    for seed in args.seeds:
-        for name in args.records or records:
-            bed = Bed.of(records[name], records.values(), args.dataset_path)
-            for variant in args.variants:
-                measure(bed, variant, seed, args.ratio)
+    if not args.tables:
+        folders = sorted(f for f in (home() / "record").iterdir() if (f / "result.json").is_file())
+        records = {f.name: find_record(f.name) for f in folders}
+        for seed in args.seeds:
+            for name in args.records or records:
+                bed = Bed.of(records[name], records.values(), args.dataset_path)
+                for variant in args.variants:
+                    measure(bed, variant, seed, args.ratio)
+    report()
+
+
+def report() -> None:
+    """The tables, of what has run here and of what the CSV holds from elsewhere."""
     files = sorted((home() / "successor").glob("*.json"))
     runs = pd.DataFrame([json.loads(file.read_text()) for file in files])
     runs = with_earlier(RESULTS / "successor.csv", runs, ("record", "variant", "ratio", "seed"))
