@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import shutil
@@ -15,6 +16,7 @@ from own_nets import Headless, Net, rates
 from PIL import Image
 from torch import nn
 
+import ulrl
 from ulrl.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +73,7 @@ class Trap:
 
 
 GRAY = "--mean 0.5 --std 0.5 --device cpu --batch_size 32".split()
-SHORT = "--unlearning_epochs 2 --relearn_epochs 1".split()
+SHORT = "--method ulrl --unlearning_epochs 2 --relearn_epochs 1".split()
 
 
 def command(files: Path, *argv: str) -> int:
@@ -90,7 +92,7 @@ def test_the_command_repairs_a_model(
     out: str, files: Path, digits: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = (files / "net.safetensors").read_bytes()
-    assert command(files, *FILES, *GRAY, "--out", out, "--relearn_lr", "0.02") == 0
+    assert command(files, *FILES, *GRAY, "--out", out) == 0
     printed = capsys.readouterr().out
     assert "verdict: backdoored; look at digit 7" in printed
     assert "on 40 clean images that were held out" in printed
@@ -233,6 +235,7 @@ def test_the_example_runs_as_it_stands(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(ulrl, "purify", functools.partial(ulrl.purify, epochs=2, restore_epochs=2))
     example = importlib.import_module("purify_folder")
     for name in ("digit 0", "digit 1", "digit 2"):
         shutil.copytree(files / "photos" / name, tmp_path / "few" / name)

@@ -38,7 +38,7 @@ def test_purify_removes_a_backdoor_and_touches_nothing_else(
     assert acc > 0.95
     assert asr > 0.9
 
-    result = ulrl.purify(backdoored, *clean, batch_size=32, relearn_lr=0.02)
+    result = ulrl.purify(backdoored, *clean)
 
     assert result.flagged[0] == TARGET
     repaired_acc, repaired_asr = rates(result.model, digits)
@@ -48,7 +48,7 @@ def test_purify_removes_a_backdoor_and_touches_nothing_else(
     assert result.ranking.z.idxmax() == TARGET
     assert (result.report["samples"], result.report["held_out"], result.report["returned"]) == (200, 40, "repaired")
     assert result.report["notes"] == []
-    assert set(result.history.stage) == {"unlearn", "relearn"}
+    assert set(result.history.stage) == {"unlearn", "harden", "restore"}
 
     assert all(torch.equal(before[k], v) for k, v in backdoored.state_dict().items())
     assert not any(p.grad is not None for p in backdoored.parameters())
@@ -60,7 +60,7 @@ def test_purify_removes_a_backdoor_and_touches_nothing_else(
 
 def test_samples_may_come_in_many_forms(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = clean
-    expected = weights(ulrl.purify(backdoored, x, y, **QUICK).model)
+    expected = weights(ulrl.purify(backdoored, x, y, method="ulrl", **QUICK).model)
     for images, labels in (
         (x.numpy(), y.numpy()),
         (x.double(), y.int()),
@@ -69,7 +69,7 @@ def test_samples_may_come_in_many_forms(backdoored: nn.Module, clean: tuple[torc
         ((part for part in x.split(7)), y),
         (DataLoader(TensorDataset(x, y), 32), None),
     ):
-        assert torch.equal(weights(ulrl.purify(backdoored, images, labels, **QUICK).model), expected)
+        assert torch.equal(weights(ulrl.purify(backdoored, images, labels, method="ulrl", **QUICK).model), expected)
 
 
 def test_augmentation_is_the_users_and_only_in_training(
@@ -81,10 +81,12 @@ def test_augmentation_is_the_users_and_only_in_training(
         seen.append(x.shape)
         return x + 0.1 * torch.randn_like(x)
 
-    first = ulrl.purify(backdoored, *clean, augment=augment, **QUICK)
+    first = ulrl.purify(backdoored, *clean, augment=augment, method="ulrl", **QUICK)
     assert len(seen) == len(first.history) * 2  # two batches an epoch; none for accuracies
-    assert torch.equal(weights(ulrl.purify(backdoored, *clean, augment=augment, **QUICK).model), weights(first.model))
-    assert not torch.equal(weights(ulrl.purify(backdoored, *clean, **QUICK).model), weights(first.model))
+    assert torch.equal(
+        weights(ulrl.purify(backdoored, *clean, augment=augment, method="ulrl", **QUICK).model), weights(first.model)
+    )
+    assert not torch.equal(weights(ulrl.purify(backdoored, *clean, method="ulrl", **QUICK).model), weights(first.model))
 
 
 RESIDUAL_ONLY = {"ssft"}
@@ -121,7 +123,7 @@ def test_the_result_is_as_the_model_was_given(
     change: Callable[[nn.Module], nn.Module], backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     given = change(copy.deepcopy(backdoored))
-    result = ulrl.purify(given, *clean, **QUICK).model
+    result = ulrl.purify(given, *clean, method="ulrl", **QUICK).model
     for ours, theirs in zip(result.parameters(), given.parameters(), strict=True):
         assert (ours.dtype, ours.requires_grad) == (theirs.dtype, theirs.requires_grad)
     assert [m.training for m in result.modules()] == [m.training for m in given.modules()]
@@ -133,7 +135,7 @@ def test_no_batchnorm_and_classes_without_samples(clean: tuple[torch.Tensor, tor
         torch.manual_seed(0)
         model = Net(norm=lambda channels: nn.Identity())
     some = clean[1] < 8
-    result = ulrl.purify(model, clean[0][some], clean[1][some], **QUICK)
+    result = ulrl.purify(model, clean[0][some], clean[1][some], method="ulrl", **QUICK)
     assert "2 of the model's 10 classes" in result.report["notes"][0]
 
 
@@ -205,8 +207,8 @@ class Stubborn(Net):
         ({"labels": torch.zeros(200)}, "one whole number for each"),
         ({"method": "ulr"}, "did you mean 'ulrl'?"),
         ({"method": "abl"}, "defense/abl.py"),
-        ({"relern_lr": 0.1}, "did you mean 'relearn_lr'?"),
-        ({"relearn_lr": -1}, "must be at least 0"),
+        ({"restor_lr": 0.1}, "did you mean 'restore_lr'?"),
+        ({"restore_lr": -1}, "must be at least 0"),
         ({"linear_name": "head"}, "linear_name 'head'"),
     ],
 )
@@ -261,18 +263,18 @@ def test_progress_is_told(
     backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    ulrl.purify(backdoored, *clean, **QUICK, device="cpu", progress=lambda *step: told.append(step))
+    ulrl.purify(backdoored, *clean, method="ulrl", **QUICK, device="cpu", progress=lambda *step: told.append(step))
     for stage, steps in (("unlearn", 4), ("relearn", 2)):
         assert [step[1:] for step in told if step[0] == stage] == [(i, steps) for i in range(steps + 1)]
     assert "relearn" not in capsys.readouterr().err
-    ulrl.purify(backdoored, *clean, **QUICK, progress=True)
+    ulrl.purify(backdoored, *clean, method="ulrl", **QUICK, progress=True)
     assert "relearn: 100%" in capsys.readouterr().err
 
 
 def test_a_stage_that_reaches_its_goal_early_is_full(
     backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = ulrl.purify(backdoored, *clean, batch_size=32, relearn_epochs=1, progress=True)
+    result = ulrl.purify(backdoored, *clean, method="ulrl", batch_size=32, relearn_epochs=1, progress=True)
     assert result.report["evidence"]["unlearned"]["epochs"] < 20
     assert "unlearn, goal reached: 100%" in capsys.readouterr().err
 

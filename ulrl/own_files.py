@@ -35,7 +35,7 @@ from ulrl.untrusted.weights import load_weights
 class PurifyRun:
     """Where the model and the images are, and where the repaired weights go."""
 
-    method: str = option("ulrl", "the defense; ulrl list names them")
+    method: str = option("harden", "the defense; ulrl list names them")
     model: str = option("", "package.module:factory, a function of yours that returns the network", source="user")
     weights: str = option("", "its weights: .safetensors, or a .pt with a state_dict", source="user")
     images: str = option(

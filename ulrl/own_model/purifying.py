@@ -73,7 +73,7 @@ def purify(
     images: Images,
     labels: Any = None,
     *,
-    method: str = "ulrl",
+    method: str = "harden",
     augment: Augment | None = None,
     hold_out: float = 0.2,
     max_accuracy_loss: float | None = None,
