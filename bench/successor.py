@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ban": ("ban", {}),
     "nft": ("nft", {}),
     "ssft": ("ssft", {}),
+    "bti-dbf": ("bti-dbf", {}),
+    "pam": ("pam", {}),
     "harden without restoring": ("harden", {"restore_epochs": 0}),
     "harden without holding": ("harden", {"hold_weight": 0.0}),
     "harden without excess": ("harden", {"excess": 1.0}),

@@ -64,6 +64,7 @@ EXPECTED = {
     "b3d": Expected(asr=1.0, loss=0.0, ra=0.0, records=("badnet",)),  # repairs nothing; what it finds: test_queries.py
     "ban": Expected(asr=0.9, ra=0.1, records=("badnet",)),  # of a few epochs
     "bnp": Expected(loss=0.3, ra=0.6, records=("channel",), given={"u": 3.0}),  # the paper's
+    "bti-dbf": Expected(asr=0.8, ra=0.1, records=("badnet",)),  # of a few epochs
     "cbd": Expected(asr=0.8, loss=0.6, ra=0.2, records=("badnet",)),  # of a few epochs
     "clp": Expected(ra=0.7, records=("channel",), given={"u": 3.0}),  # the paper's
     "d3": Expected(asr=0.3, ra=0.0, records=("badnet",)),  # sends triggered images anywhere but to the target
@@ -82,6 +83,7 @@ EXPECTED = {
     "npd": Expected(asr=0.9, ra=0.0, records=("badnet",)),  # one branch of the last block is too late for a blended one
     # It prunes what clean accuracy allows, on so narrow a net next to nothing; tests/test_repairs.py holds the rest.
     "otbr": Expected(asr=1.0, ra=0.0, records=("badnet",)),
+    "pam": Expected(asr=0.85, loss=0.15, ra=0.1, records=("badnet",)),  # of a few epochs
     "recover_trigger": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",), records=("badnet",)),  # repairs nothing
     "rnp": Expected(loss=0.15, ra=0.6, records=("channel",)),
     "sau": Expected(),

@@ -105,6 +105,9 @@ def test_every_method_takes_a_users_model(
             "relearn_epochs": 1,
             "nc_epoch": 1,
             "nb_iter": 20,
+            "n_rounds": 1,
+            "mask_epochs": 1,
+            "inversion_epochs": 1,
             "queries": 16000,
         }.items()
         if k in Schema(defense).fields

@@ -15,9 +15,11 @@ from ulrl.data.datasets import SPECS
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses import otbr
 from ulrl.defenses.base import DEFENSES, Repair
+from ulrl.defenses.bti_dbf import BTIDBF, _Generator
 from ulrl.defenses.cbd import _Critic
 from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, worst_noise
 from ulrl.defenses.otbr import OTBR, _convolutions, _transport
+from ulrl.defenses.pam import PAM
 from ulrl.defenses.ssft import _fold, _scaled, _skips
 from ulrl.errors import UserError
 from ulrl.models import build_model
@@ -242,3 +244,78 @@ def test_cbd_draws_its_net_anew(independence: float) -> None:
         repair("cbd", model, bias_epochs=1, epochs=1, independence=independence).model.state_dict() for model in nets
     )  # fmt: skip
     assert all(torch.equal(w, second[k]) for k, w in first.items()), "what it was given does not matter"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (8, 8), (28, 28), (33, 32)])
+def test_bti_dbfs_generator_takes_images_of_any_size(size: tuple[int, int]) -> None:
+    made = _Generator(3, min(size))(torch.randn(2, 3, *size))
+    assert made.shape == (2, 3, *size)
+    assert made.isfinite().all()
+
+
+class Reader(nn.Module):
+    """Its features are the pixels, of which the head reads the first ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+        with torch.no_grad():
+            self.linear.weight.copy_(10 * torch.eye(64)[:10])
+            self.linear.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.flatten(1))
+
+
+def test_bti_dbf_masks_what_the_task_needs_and_its_inversion_trains_nothing_of_the_model() -> None:
+    images = torch.full((40, 64), round(255 * SPECS["digits"].mean[0]), dtype=torch.uint8)  # 0, normalised
+    images[torch.arange(40), torch.arange(40) % 10] = 255
+    clean = ImageSet(images.view(40, 1, 8, 8), torch.arange(40) % 10, SPECS["digits"])
+    model = Reader()
+    defense = BTIDBF(
+        batch_size=40, amp=False, n_rounds=1, mask_epochs=400, mask_lr=0.05, inversion_epochs=1, epochs=1, lr=0.0
+    )
+    assert defense._mask(model, model.linear, clean, 0, Monitor())[:10].min() > 0.9
+    evidence = defense.run(model, clean, Monitor()).evidence
+    assert sum(evidence["shares"]) == pytest.approx(1)
+    assert torch.equal(model.linear.weight, Reader().linear.weight)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Still(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_pam_takes_the_gradient_on_the_way_back(rho: float) -> None:
+    original, model, plain = net().train(), net().train(), net().train()
+    clean, change = samples(), Still()
+    x = clean.images.float() / 128 - 1
+    objective = PAM(rho=rho).unlearning(model, model.linear, change)  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        steps = [0.05 * torch.randn(p.shape, generator=draw) for p in model.parameters()]
+        length = torch.stack([step.norm() for step in steps]).norm()
+        for p, q, step in zip(model.parameters(), plain.parameters(), steps, strict=True):
+            p += step
+            q += step
+        for p, step in zip(original.parameters(), steps, strict=True):
+            p += step * (1 - rho / length)
+    objective(model, x, clean.labels)[0].backward()
+    F.cross_entropy(original(x), clean.labels).backward()
+    plain(x)
+    for p, q in zip(model.parameters(), original.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5 * q.grad.abs().max().item())
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs), "the statistics are those of the weights, and moved once"
+
+
+def test_pam_says_how_far_it_went() -> None:
+    before, model = net(), net()
+    evidence = repair("pam", model, n_rounds=1, mask_epochs=1, inversion_epochs=1, epochs=2).evidence
+    moved = torch.cat([(p - q).flatten() for p, q in zip(before.parameters(), model.parameters(), strict=True)])
+    assert evidence["distance"] == pytest.approx(moved.norm().item(), rel=1e-4)
+    assert evidence["distance"] > 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +13,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.abl import fresh_weights
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.perturbation import still
-from ulrl.models.head import Head, find_head, head_features
+from ulrl.models.head import find_head, watched
 from ulrl.options import option
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, fit, make_scheduler
@@ -68,7 +66,7 @@ class CBD(Defense):
         heads = [find_head(net, clean.spec.num_classes, self.linear_name)[1] for net in (biased, model)]
         with (
             still(biased),
-            _seen(heads) as features,
+            watched(heads) as features,
             global_stream(self.random_seed, "critic", clean.device),
         ):
             critic = _Critic(sum(head.weight[0].numel() for head in heads)).to(clean.device)
@@ -134,22 +132,3 @@ def _dependence(
     optimizer.step()
     critic.normalise()
     return critic.gap(ours, theirs)
-
-
-@contextlib.contextmanager
-def _seen(heads: list[Head]) -> Iterator[list[torch.Tensor]]:
-    """Inside the block the list holds what each of the heads was last given: float32 [B, D]."""
-    seen: list[torch.Tensor] = [torch.empty(0) for _ in heads]
-
-    def keep(i: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen[i] = head_features(inputs[0]).float()
-
-        return hook
-
-    hooks = [head.register_forward_pre_hook(keep(i)) for i, head in enumerate(heads)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

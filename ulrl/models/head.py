@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import nn
 
@@ -53,3 +56,22 @@ def _is_linear(convolution: nn.Conv2d) -> bool:
 def head_features(given: torch.Tensor) -> torch.Tensor:
     """What a head is given, float [N, D], or [N, D, H, W] for a convolution, averaged over positions: [N, D]."""
     return given.flatten(2).mean(2) if given.ndim == 4 else given
+
+
+@contextlib.contextmanager
+def watched(heads: list[Head]) -> Iterator[list[torch.Tensor]]:
+    """Inside the block the list holds what each of the heads was last given: float32 [B, D], with its gradient."""
+    seen: list[torch.Tensor] = [torch.empty(0) for _ in heads]
+
+    def keep(i: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[i] = head_features(inputs[0]).float()
+
+        return hook
+
+    hooks = [head.register_forward_pre_hook(keep(i)) for i, head in enumerate(heads)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
