@@ -196,7 +196,7 @@ def front(runs: pd.DataFrame) -> Iterator[str]:
         both = [cells.get((record, variant)) for variant in ("ulrl", "harden")]
         if any(cell is None for cell in both):
             continue
-        own = runs[runs.record == record]
+        own = pd.concat(both)
         changes = [f"{100 * (cell.acc - cell.acc_before).mean():+.1f}" for cell in both]
         if own.asr.isna().all():
             yield f"| {_label(record)} | | | {changes[0]} | {changes[1]} |"
