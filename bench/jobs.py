@@ -69,11 +69,11 @@ class Bench:
     poisoned_test: PoisonedSet
 
     @classmethod
-    def of(cls, name: str, device_name: str) -> Bench:
+    def of(cls, name: str, device_name: str, dataset_path: str = "./data") -> Bench:
         record, device = find_record(name), pick_device(device_name)
         size = record.img_size[:2]
-        spec = dataset_spec(record.dataset, img_size=size)
-        train, test = load_dataset(record.dataset, img_size=size)
+        spec = dataset_spec(record.dataset, dataset_path, size)
+        train, test = load_dataset(record.dataset, dataset_path, size)
         record.check_test(test)
         return cls(record, spec, train.to(device), test.to(device), record.poisoned_test(spec).to(device))
 

@@ -8,7 +8,7 @@ internet: as many classes, and as few clean samples of each, but not their diffi
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,15 @@ def write(folder: Path, classes: int) -> None:
         _, tints = drawn_facts(len(data), i, test=part == "test")
         labels = data.labels.numpy() * HUES[classes] + hues(tints, HUES[classes])
         for label in range(classes):
-            (folder / str(classes) / part / f"{label:03d}").mkdir(parents=True)
+            (folder / str(classes) / part / f"{label:03d}").mkdir(parents=True, exist_ok=True)
         images = data.images.permute(0, 2, 3, 1).numpy()
         for k in np.flatnonzero(labels < classes):
             Image.fromarray(images[k]).save(folder / str(classes) / part / f"{labels[k]:03d}" / f"{k:05d}.png")
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
     for count in HUES:
-        write(Path(sys.argv[1]), count)
+        write(args.folder, count)

@@ -16,22 +16,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
+from bench.jobs import Bench
 from bench.pages import RESULTS, interval, percent, with_earlier, write_block, write_csv
-from ulrl.data.datasets import clean_subset, load_dataset
-from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.data.datasets import clean_subset
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.files import home, whole_file
 from ulrl.metrics import Judgement
-from ulrl.models import load_model
 from ulrl.record import Record, find_record
 from ulrl.training import Monitor, judge
 
@@ -65,30 +62,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Bed:
-    """A record, what it is repaired with and judged on, and the clean nets of its kind."""
-
-    record: Record
-    train: ImageSet
-    test: ImageSet
-    poisoned: PoisonedSet | None
-    cleans: list[Record]
-
-    @classmethod
-    def of(cls, record: Record, others: Iterable[Record], dataset_path: str) -> Bed:
-        train, test = load_dataset(record.dataset, dataset_path, record.img_size[:2])
-        poisoned = None if _is_clean(record) else record.poisoned_test(test.spec)
-        return cls(record, train, test, poisoned, [r for r in others if _is_clean(r) and _kind(r) == _kind(record)])
-
-    def net(self, record: Record | None = None) -> nn.Module:
-        record = record or self.record
-        return load_model(record.model_name, record.num_classes, record.state_dict, self.test.spec.channels)
-
-    def judged(self, model: nn.Module) -> Judgement:
-        return judge(model, self.test, self.poisoned)
-
-
 def _is_clean(record: Record) -> bool:
     return record.attack == "prototype"
 
@@ -99,22 +72,23 @@ def _kind(record: Record) -> tuple[object, ...]:
     return record.model_name, record.dataset, record.num_classes, shapes
 
 
-def measure(bed: Bed, variant: str, seed: int, ratio: float) -> None:
+def measure(bench: Bench, cleans: Sequence[Record], variant: str, seed: int, ratio: float) -> None:
     """One run, unless its file is there."""
-    record = bed.record
+    record = bench.record
     share = "" if ratio == RATIO else f"__{ratio:g}"
     file = home() / "successor" / f"{record.name}__{variant.replace(' ', '-')}__{seed}{share}.json"
     if file.exists():
         return
     name, options = VARIANTS[variant]
     defense: Defense = DEFENSES[name](random_seed=seed, **options)
-    model = bed.net()
-    before = bed.judged(model)
-    reached = [bed.judged(bed.net(clean)) for clean in bed.cleans if bed.poisoned is not None]
+    poisoned = None if _is_clean(record) else bench.poisoned_test
+    model = bench.net()
+    before = judge(model, bench.clean_test, poisoned)
+    reached = [judge(bench.net(clean), bench.clean_test, poisoned) for clean in cleans if poisoned is not None]
     start = time.process_time()
-    repair = defense.run(model, bed.train.subset(clean_subset(len(bed.train), ratio, seed)), Monitor())
+    repair = defense.run(model, bench.train.subset(clean_subset(len(bench.train), ratio, seed)), Monitor())
     seconds = time.process_time() - start
-    after = bed.judged(repair.model)
+    after = judge(repair.model, bench.clean_test, poisoned)
     row = {
         "record": record.name, "attack": record.attack, "variant": variant, "ratio": ratio, "seed": seed,
         "acc_before": before.acc, "acc": after.acc, "asr_before": before.asr, "asr": after.asr, "ra": after.ra,
@@ -232,9 +206,10 @@ def main() -> None:
         records = {f.name: find_record(f.name) for f in folders}
         for seed in args.seeds:
             for name in args.records or records:
-                bed = Bed.of(records[name], records.values(), args.dataset_path)
+                bench = Bench.of(name, "cpu", args.dataset_path)
+                cleans = [r for r in records.values() if _is_clean(r) and _kind(r) == _kind(bench.record)]
                 for variant in args.variants:
-                    measure(bed, variant, seed, args.ratio)
+                    measure(bench, cleans, variant, seed, args.ratio)
     report()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 TARGET = 7
-QUICK: dict[str, Any] = {"unlearning_epochs": 2, "relearn_epochs": 1}
+QUICK: dict[str, Any] = {"method": "ulrl", "unlearning_epochs": 2, "relearn_epochs": 1}
 
 
 class Net(nn.Module):

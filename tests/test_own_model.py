@@ -60,7 +60,7 @@ def test_purify_removes_a_backdoor_and_touches_nothing_else(
 
 def test_samples_may_come_in_many_forms(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, y = clean
-    expected = weights(ulrl.purify(backdoored, x, y, method="ulrl", **QUICK).model)
+    expected = weights(ulrl.purify(backdoored, x, y, **QUICK).model)
     for images, labels in (
         (x.numpy(), y.numpy()),
         (x.double(), y.int()),
@@ -69,7 +69,7 @@ def test_samples_may_come_in_many_forms(backdoored: nn.Module, clean: tuple[torc
         ((part for part in x.split(7)), y),
         (DataLoader(TensorDataset(x, y), 32), None),
     ):
-        assert torch.equal(weights(ulrl.purify(backdoored, images, labels, method="ulrl", **QUICK).model), expected)
+        assert torch.equal(weights(ulrl.purify(backdoored, images, labels, **QUICK).model), expected)
 
 
 def test_augmentation_is_the_users_and_only_in_training(
@@ -81,12 +81,10 @@ def test_augmentation_is_the_users_and_only_in_training(
         seen.append(x.shape)
         return x + 0.1 * torch.randn_like(x)
 
-    first = ulrl.purify(backdoored, *clean, augment=augment, method="ulrl", **QUICK)
+    first = ulrl.purify(backdoored, *clean, augment=augment, **QUICK)
     assert len(seen) == len(first.history) * 2  # two batches an epoch; none for accuracies
-    assert torch.equal(
-        weights(ulrl.purify(backdoored, *clean, augment=augment, method="ulrl", **QUICK).model), weights(first.model)
-    )
-    assert not torch.equal(weights(ulrl.purify(backdoored, *clean, method="ulrl", **QUICK).model), weights(first.model))
+    assert torch.equal(weights(ulrl.purify(backdoored, *clean, augment=augment, **QUICK).model), weights(first.model))
+    assert not torch.equal(weights(ulrl.purify(backdoored, *clean, **QUICK).model), weights(first.model))
 
 
 RESIDUAL_ONLY = {"ssft"}
@@ -126,7 +124,7 @@ def test_the_result_is_as_the_model_was_given(
     change: Callable[[nn.Module], nn.Module], backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     given = change(copy.deepcopy(backdoored))
-    result = ulrl.purify(given, *clean, method="ulrl", **QUICK).model
+    result = ulrl.purify(given, *clean, **QUICK).model
     for ours, theirs in zip(result.parameters(), given.parameters(), strict=True):
         assert (ours.dtype, ours.requires_grad) == (theirs.dtype, theirs.requires_grad)
     assert [m.training for m in result.modules()] == [m.training for m in given.modules()]
@@ -138,7 +136,7 @@ def test_no_batchnorm_and_classes_without_samples(clean: tuple[torch.Tensor, tor
         torch.manual_seed(0)
         model = Net(norm=lambda channels: nn.Identity())
     some = clean[1] < 8
-    result = ulrl.purify(model, clean[0][some], clean[1][some], method="ulrl", **QUICK)
+    result = ulrl.purify(model, clean[0][some], clean[1][some], **QUICK)
     assert "2 of the model's 10 classes" in result.report["notes"][0]
 
 
@@ -266,11 +264,11 @@ def test_progress_is_told(
     backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    ulrl.purify(backdoored, *clean, method="ulrl", **QUICK, device="cpu", progress=lambda *step: told.append(step))
+    ulrl.purify(backdoored, *clean, **QUICK, device="cpu", progress=lambda *step: told.append(step))
     for stage, steps in (("unlearn", 4), ("relearn", 2)):
         assert [step[1:] for step in told if step[0] == stage] == [(i, steps) for i in range(steps + 1)]
     assert "relearn" not in capsys.readouterr().err
-    ulrl.purify(backdoored, *clean, method="ulrl", **QUICK, progress=True)
+    ulrl.purify(backdoored, *clean, **QUICK, progress=True)
     assert "relearn: 100%" in capsys.readouterr().err
 
 

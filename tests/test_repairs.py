@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ulrl.data.batches import Batches
 from ulrl.data.datasets import SPECS
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses import otbr
@@ -20,10 +21,12 @@ from ulrl.defenses.cbd import _Critic
 from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, worst_noise
 from ulrl.defenses.otbr import OTBR, _convolutions, _transport
 from ulrl.defenses.pam import PAM
+from ulrl.defenses.perturbation import still
 from ulrl.defenses.ssft import _fold, _scaled, _skips
 from ulrl.errors import UserError
 from ulrl.models import build_model
-from ulrl.training import Monitor
+from ulrl.models.head import watched
+from ulrl.training import Monitor, fit
 
 
 def samples(n: int = 24) -> ImageSet:
@@ -280,6 +283,23 @@ def test_bti_dbf_masks_what_the_task_needs_and_its_inversion_trains_nothing_of_t
     assert sum(evidence["shares"]) == pytest.approx(1)
     assert torch.equal(model.linear.weight, Reader().linear.weight)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_bti_dbfs_generator_moves_what_the_task_does_not_need() -> None:
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clean, model, defense = ImageSet(images, torch.arange(64) % 10, SPECS["digits"]), Reader(), BTIDBF(batch_size=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        change = _Generator(1, 8)
+    needed = torch.arange(64) < 10
+    optimizer = torch.optim.Adam(change.parameters(), 0.01)
+    with still(model), watched([model.linear]) as features:
+        objective = defense._inversion(features, needed.float(), change, None)
+        fit(model, defense.batches(clean, "invert"), 100, optimizer, None, Monitor(), "invert", objective=objective)
+    with torch.no_grad():
+        moved = change(next(iter(Batches(clean, 64)))[0]).flatten(1).square()
+    assert moved[:, ~needed].mean() > 20 * moved[:, needed].mean()
+    assert 0.1 < moved.mean() < 0.6, "as far as its bound of 0.3 lets it"
 
 
 class Still(nn.Module):

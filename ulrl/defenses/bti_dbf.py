@@ -54,7 +54,7 @@ class BTIDBF(Defense):
     feature_bound: float = option(3.0, "bound on that of the masked features", source=_RELEASE, low=0)
     epochs: int = option(30, "epochs of unlearning in a round", source=_RELEASE, low=1)
     lr: float = option(1e-4, "learning rate of unlearning", source=_RELEASE, low=0)
-    share: float = option(0.1, "share of each batch that is changed, one image at least", source=_RELEASE, high=1)
+    share: float = option(0.1, "share of a batch that is changed, one image at least", source=_RELEASE, low=0, high=1)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:

@@ -39,7 +39,7 @@ class PAM(BTIDBF):
     n_rounds: int = option(3, "rounds of inversion and unlearning", source=_RELEASE, low=1)
     lr: float = option(0.01, "learning rate of unlearning (SGD)", source=_RELEASE, low=0)
     sgd_momentum: float = option(0.1, "momentum of unlearning", source=_RELEASE, low=0, high=1)
-    share: float = option(0.2, "share of each batch that is changed, one image at least", source=_RELEASE, high=1)
+    share: float = option(0.2, "share of a batch that is changed, one image at least", source=_RELEASE, low=0, high=1)
     rho: float = option(0.5, "how far back towards the original weights the loss is taken", source=_RELEASE, low=0)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
