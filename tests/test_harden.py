@@ -13,6 +13,8 @@ from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.corruptions import Draws
 from ulrl.defenses.harden import Harden, _Corruptions, _mask
+from ulrl.defenses.ulrl import ULRL
+from ulrl.training import Monitor
 
 FLAGGED = 3
 
@@ -59,6 +61,17 @@ def test_excess_is_what_the_hardened_net_no_longer_says(clean: ImageSet, origina
     assert excess[FLAGGED].item() == pytest.approx(0.9)
     assert excess.sum().item() == pytest.approx(0, abs=0.2)
     assert method._excess(original, original, clean, corruptions(clean)).abs().max() == 0
+
+
+def test_the_table_flags_what_the_repair_flags_whichever_diagnosis_named_it(
+    clean: ImageSet, original: nn.Module
+) -> None:
+    """Here an excess above 0 names a class, which the weights' change does not."""
+    method = Harden(batch_size=32, amp=False, epochs=2, restore_epochs=0, excess=0.0)
+    repair = method.run(copy.deepcopy(original).requires_grad_(True), clean, Monitor())
+    neurons = repair.tables["neurons"]
+    assert sorted(repair.flagged) == neurons.index[neurons.flagged].tolist()
+    assert (neurons.z[neurons.flagged] < ULRL().z_threshold).any()
 
 
 class _Even(nn.Module):

@@ -88,6 +88,7 @@ class Harden(FineTuning):
         evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
         named = neurons[neurons.excess > self.excess].sort_values("excess", ascending=False).index.tolist()
         flagged = [k for k in named if k in flagged] or [*flagged, *named]
+        neurons["flagged"] = neurons.index.isin(flagged)
         if self.restore_epochs:
             hold = self.hold_weight if named else 0.0
             self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,

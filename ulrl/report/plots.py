@@ -94,33 +94,38 @@ def neuron_ranking(
     format: str = "png", paper: bool = False,
 ) -> None:  # fmt: skip
     """Bars of each class's robust z (negative below the median), the flagged and the true target marked; the threshold.
+    Below them the excess that Harden names classes by, too, where there is that column.
 
     neurons: index class; columns change (L1 weight change), z, flagged. target: None where it is not one, or not known.
     """
     signed = signed_z(neurons)
     order = highest(signed, target, 15 if paper else 40)
     named = [f"{k} {class_names[k]}" if class_names else str(k) for k in order]
-    size = (PAPER_WIDTH, 2.3) if paper else (max(6.0, 0.32 * len(order) + 2), 3.8)
-    figure = Figure(figsize=size, layout="constrained")
-    ax = figure.subplots()
-    for words, colour, own in (("flagged", ORANGE, True), ("not flagged", BLUE, False)):
-        places = [x for x, k in enumerate(order) if neurons.flagged[k] == own]
-        if places:
-            ax.bar(places, [signed[order[x]] for x in places], color=colour, label=words)
-    if target in order:
-        at = order.index(target)
-        ax.bar(at, signed[target], facecolor="none", edgecolor="black", linewidth=1.4, label="true target")
-    ax.axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
-    ax.margins(y=0.12)
-    ax.set_ylabel("robust z of the weight change")
-    ax.legend(fontsize=8, frameon=False)
+    panels = {"robust z of the weight change": signed}
+    if "excess" in neurons:
+        panels["excess, points"] = 100 * neurons.excess
+    width, height = (PAPER_WIDTH, 2.3) if paper else (max(6.0, 0.32 * len(order) + 2), 3.8)
+    figure = Figure(figsize=(width, height * (0.4 + 0.6 * len(panels))), layout="constrained")
+    axes: list[Axes] = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0].tolist()
+    for ax, (what, heights) in zip(axes, panels.items(), strict=True):
+        for words, colour, own in (("flagged", ORANGE, True), ("not flagged", BLUE, False)):
+            places = [x for x, k in enumerate(order) if neurons.flagged[k] == own]
+            if places:
+                ax.bar(places, [heights[order[x]] for x in places], color=colour, label=words)
+        if target in order:
+            at = order.index(target)
+            ax.bar(at, heights[target], facecolor="none", edgecolor="black", linewidth=1.4, label="true target")
+        ax.margins(y=0.12)
+        ax.set_ylabel(what)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+    axes[0].legend(fontsize=8, frameon=False)
     if not paper:
-        ax.set_title("Change of each class's row of the head in unlearning")
+        axes[0].set_title("Change of each class's row of the head in unlearning")
     if len(order) < len(neurons):
-        ax.set_xlabel(f"class, highest {len(order)} of {len(neurons)}")
+        axes[-1].set_xlabel(f"class, highest {len(order)} of {len(neurons)}")
     turn, end = (50, "right") if len(order) > 12 or class_names else (0, "center")
-    ax.set_xticks(range(len(order)), named, rotation=turn, ha=end, rotation_mode="anchor")
-    ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xticks(range(len(order)), named, rotation=turn, ha=end, rotation_mode="anchor")
     _save(figure, path, format, paper)
 
 
