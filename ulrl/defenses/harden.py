@@ -140,14 +140,15 @@ class Harden(FineTuning):
             under, n = x[plain:] if hold else x[:0], len(inputs)
             logits = model(torch.cat([inputs, corruptions(under) if hold else under])).float()
             answers = original(torch.cat([inputs, under])).float()
-            own = F.one_hot(y, answers.shape[1]).bool()
-            own = torch.cat([own[:plain], own | own[other]])
+            whose = F.one_hot(y, answers.shape[1]).bool()
+            own = torch.cat([whose[:plain], whose | whose[other]])
             teacher = _cautious(answers[:n], hardened(inputs).float(), own, self.temperature)
             loss = self.keep_weight * _divergence(logits[:n], teacher, self.temperature)
             if hold:
                 labels = F.cross_entropy(logits[n:], y[plain:])
                 loss = loss + hold * (labels + _divergence(logits[n:], answers[n:], 1))
-            return loss, logits[:plain].detach().argmax(1) == y[:plain]
+            said = logits[plain:n].detach().argmax(1, keepdim=True)  # of the mixtures, one for each image
+            return loss, own[plain:].gather(1, said).flatten()
 
         return objective
 
