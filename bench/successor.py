@@ -155,6 +155,8 @@ def _of_the_goal(runs: pd.DataFrame) -> pd.Series:
 
 
 def _met(excess: pd.Series, words: str, allowed: float) -> str:
+    if excess.empty:
+        return f"{words}: none measured"
     met = f"{(excess <= allowed).sum()} of {len(excess)}"
     return f"{words}: {met} ({excess.mean():+.1f} in the mean, {excess.max():+.1f} at worst, {excess.idxmax()})"
 
