@@ -48,7 +48,7 @@ def test_restoring_hears_of_other_classes_only_what_the_hardened_model_says_too(
 
     def loss(asked: nn.Module, images: ImageSet, hardened: nn.Module = original) -> float:
         x, y = normalise(images.images, clean.spec), images.labels
-        return Harden(hold_weight=0)._restoring(asked, hardened, corruptions(clean))(model, x, y)[0].item()
+        return Harden()._restoring(asked, hardened, corruptions(clean), 0.0)(model, x, y)[0].item()
 
     theirs, others = (
         clean.subset(is_it.nonzero().flatten()) for is_it in (clean.labels == CLASS, clean.labels != CLASS)

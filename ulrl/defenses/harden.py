@@ -35,18 +35,16 @@ class Harden(FineTuning):
        the plain half.
     2. Restore, from the hardened weights: on plain images and on mixtures of two (mixup), `keep_weight` * KL at
        `temperature` from a cautious teacher's answers to the same input: the original's, but of a class that is not the
-       image's own (or one of the two's) no more than the hardened model has said. On corrupted images besides,
-       `hold_weight` * (cross-entropy + KL(original on the plain image || model)).
+       image's own (or one of the two's) no more than the hardened model has said. The original's soft answers on the
+       target class bring the backdoor back, though no image bears the trigger (WaNet: ASR 4 to 32); here that class
+       need not be known, and a wrong diagnosis costs nothing. Mixtures are what holds the rest of the function, from
+       600 images alone.
 
-    The original's soft answers on the target class bring the backdoor back, though no image bears the trigger (WaNet:
-    ASR 4 to 32); with the cautious teacher that class need not be known. Where the trigger is part of many features the
-    backdoor wakes all the same unless corruptions stay in. Mixtures are what holds the rest of the function, from 600
-    images alone.
-
-    Neither stage is told a class, so a wrong diagnosis costs nothing. The one that is reported joins ULRL's, of the
-    original, and each class's *excess*: how much more probable it is to the original than to the hardened model on
-    randomly corrupted images of other classes. Flagged are the classes that both name or, where they share none, all
-    that either names.
+    Neither stage is told a class. The diagnosis that is reported joins ULRL's, of the original, and each class's
+    *excess*: how much more probable it is to the original than to the hardened model on randomly corrupted images of
+    other classes. Flagged are the classes that both name or, where they share none, all that either names. Where there
+    is an excess, the trigger is part of many features, and stage 2 keeps the corruptions: `hold_weight` *
+    (cross-entropy + KL(original on the plain image || model)) on corrupted images besides.
 
     Weights and corruptions were chosen by ASR and accuracy on development records and a clean net (BadNets, Blended,
     WaNet, SSBA, for the share of plane waves SIG, all on fashion_scenes, see docs/method.md), and are the same for all.
@@ -60,11 +58,11 @@ class Harden(FineTuning):
     keep_weight: float = option(3.0, "weight of keeping the softened answers", low=0)
     temperature: float = option(4.0, "softness of those answers", low=1)
     learning_share: float = option(0.5, "share of the corruptions that learn", low=0, high=1)
-    excess: float = option(0.1, "a class with more excess is flagged", low=0, high=1)
+    excess: float = option(0.1, "a class with more excess is suspicious", low=0, high=1)
     restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
     cautious: bool = option(True, "restore with the cautious teacher; else with the original")
-    hold_weight: float = option(2.0, "weight of corrupted images in restoring", low=0)
+    hold_weight: float = option(2.0, "weight of corrupted images in restoring, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
@@ -87,8 +85,9 @@ class Harden(FineTuning):
         neurons["flagged"] = neurons.index.isin(flagged)
         if self.restore_epochs:
             hardened = copy.deepcopy(model).eval().requires_grad_(False) if self.cautious else original
+            hold = self.hold_weight if named else 0.0
             self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,
-                        self._restoring(original, hardened, corruptions))  # fmt: skip
+                        self._restoring(original, hardened, corruptions, hold))  # fmt: skip
         head, _ = find_head(model, clean.spec.num_classes, self.linear_name)
         evidence = {"head": head, **unlearned.evidence, **spread, "named_by_excess": named}
         return Repair(model, flagged, evidence, {"neurons": neurons})
@@ -133,20 +132,21 @@ class Harden(FineTuning):
                 counts += others.sum(0)
         return sums / counts.clamp_min(1)
 
-    def _restoring(self, original: nn.Module, hardened: nn.Module, corruptions: _Corruptions) -> Objective:
+    def _restoring(self, original: nn.Module, hardened: nn.Module, corruptions: _Corruptions, hold: float) -> Objective:
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
             other, share = corruptions.draws.order(len(x)), corruptions.draws.uniform(len(x), 1, 1, 1)
             inputs = torch.cat([x[:plain], x[other].lerp(x, share)])
-            under, n = x[plain:], len(inputs)
-            logits = model(torch.cat([inputs, corruptions(under)])).float()
+            under, n = x[plain:] if hold else x[:0], len(inputs)
+            logits = model(torch.cat([inputs, corruptions(under) if hold else under])).float()
             answers = original(torch.cat([inputs, under])).float()
             whose = F.one_hot(y, answers.shape[1]).bool()
             own = torch.cat([whose[:plain], whose | whose[other]])
             teacher = _cautious(answers[:n], hardened(inputs).float(), own, self.temperature)
-            kept = _divergence(logits[:n], teacher, self.temperature)
-            held = F.cross_entropy(logits[n:], y[plain:]) + _divergence(logits[n:], answers[n:], 1)
-            loss = self.keep_weight * kept + self.hold_weight * held
+            loss = self.keep_weight * _divergence(logits[:n], teacher, self.temperature)
+            if hold:
+                labels = F.cross_entropy(logits[n:], y[plain:])
+                loss = loss + hold * (labels + _divergence(logits[n:], answers[n:], 1))
             said = logits[plain:n].detach().argmax(1, keepdim=True)  # of the mixtures, one for each image
             return loss, own[plain:].gather(1, said).flatten()
 
