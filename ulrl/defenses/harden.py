@@ -58,7 +58,7 @@ class Harden(FineTuning):
     keep_weight: float = option(3.0, "weight of keeping the softened answers", low=0)
     temperature: float = option(4.0, "softness of those answers", low=1)
     learning_share: float = option(0.5, "share of the corruptions that learn", low=0, high=1)
-    excess: float = option(0.1, "a class with more excess is suspicious", low=0, high=1)
+    excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
     restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
     cautious: bool = option(True, "restore with the cautious teacher; else with the original")
