@@ -142,7 +142,8 @@ def goal(runs: pd.DataFrame) -> str:
     seeds = runs.groupby("record").seed.nunique()
     counted = "-".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     lost = _met(short[clean].acc, f"at most {CLEAN_LOSS:g}", CLEAN_LOSS)
-    return f"**Of {(~clean).sum()} backdoored nets, {counted} seeds each: {'; '.join(parts)}. Clean nets: {lost}.**"
+    each = f"{counted} seed{'' if counted == '1' else 's'} each"
+    return f"**Of {(~clean).sum()} backdoored nets, {each}: {'; '.join(parts)}. Clean nets: {lost}.**"
 
 
 def _label(record: str) -> str:
