@@ -154,7 +154,7 @@ def _focus(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 KINDS: tuple[Callable[[torch.Tensor, Draws], torch.Tensor], ...] = (
-    _field, _field, _image, _patch, _patch, _warp, _warp, _wave, _wave, _wave, _levels, _tone, _noise, _filter, _focus,
+    _field, _field, _image, _patch, _patch, _warp, _warp, _wave, _levels, _tone, _noise, _filter, _focus,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,40 +16,41 @@ from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.corruptions import Draws, Learning, corrupt
 from ulrl.defenses.finetuning import FineTuning
-from ulrl.defenses.ulrl import ULRL, flagged_classes
+from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, Objective
 
+_NEVER = -1e4  # the logit of a class that is left out
 _LOOKS = 4  # passes over the clean images that the classes' excess is measured on
 
 
 @register("harden")
 @dataclass(frozen=True)
 class Harden(FineTuning):
-    """Two stages on the clean images alone. A backdoor is a corruption that the model obeys; the corruptions here are
-    random ones and ones that learn what hurts (see `corruptions`).
+    """Two stages on the clean images alone, between which the target is looked for. A backdoor is a corruption that
+    the model obeys; the corruptions here are random ones and ones that learn what hurts (see `corruptions`).
 
     1. Harden. Of each batch one half stays plain and the other is corrupted. The loss is `label_weight` *
        cross-entropy + KL(original on the plain image || model) + `keep_weight` * KL at temperature `temperature` over
-       the plain half.
-    2. Restore, from the hardened weights: on plain images and on mixtures of two (mixup), `keep_weight` * KL at
-       `temperature` from a cautious teacher's answers to the same input: the original's, but of a class that is not the
-       image's own (or one of the two's) no more than the hardened model has said. The original's soft answers on the
-       target class bring the backdoor back, though no image bears the trigger (WaNet: ASR 4 to 32); here that class
-       need not be known, and a wrong diagnosis costs nothing. Mixtures are what holds the rest of the function, from
-       600 images alone.
+       the plain half. The classes that ULRL's diagnosis flags have their rows of the head drawn anew before, `alpha`
+       times their cosine with what they were is added, and on images of other classes they are left out of both
+       divergences.
+    2. Name. A class's *excess* is how much more probable it is to the original than to the hardened model on corrupted
+       images of other classes. Classes with more than `excess` of it are suspicious, too: flagged are those that both
+       diagnoses name or, where they share none, all that either names. With an excess, stage 3 keeps the corruptions.
+    3. Restore, from the hardened weights: on plain images and on mixtures of two (mixup), `keep_weight` * KL at
+       `temperature` from the original's answers *to the same input* over all classes that are not flagged, and for each
+       flagged one the binary cross-entropy of it against the rest with the (mixed) labels. With corruptions,
+       `hold_weight` * (cross-entropy + KL(original on the plain image || model)) on corrupted images besides.
 
-    Neither stage is told a class. The diagnosis that is reported joins ULRL's, of the original, and each class's
-    *excess*: how much more probable it is to the original than to the hardened model on randomly corrupted images of
-    other classes. Flagged are the classes that both name or, where they share none, all that either names. Where there
-    is an excess, the trigger is part of many features, and stage 2 keeps the corruptions: `hold_weight` *
-    (cross-entropy + KL(original on the plain image || model)) on corrupted images besides.
+    No answer of the original's to a corrupted image is learnt, and none on the flagged classes but, under corruptions,
+    for their own images: with its soft answers on them to plain images and mixtures the backdoor comes back (WaNet:
+    ASR 4 to 32), without them it does not. Mixtures are what holds the rest of the function, from 600 images alone.
 
-    Weights and corruptions were chosen by ASR and accuracy on development records and a clean net (BadNets, Blended,
-    WaNet, SSBA, for the share of plane waves SIG, all on fashion_scenes, see docs/method.md), and are the same for all.
-    It sees clean samples only.
+    Weights and corruptions were chosen by ASR and accuracy on four development records and a clean net (BadNets,
+    Blended, WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all. It sees clean samples only.
     """
 
     batch_size: int = option(128, "clean images per step", low=2)
@@ -58,10 +60,11 @@ class Harden(FineTuning):
     keep_weight: float = option(3.0, "weight of keeping the softened answers", low=0)
     temperature: float = option(4.0, "softness of those answers", low=1)
     learning_share: float = option(0.5, "share of the corruptions that learn", low=0, high=1)
+    init: bool = option(True, "draw the flagged classes' rows of the head anew")
+    alpha: float = option(0.5, "weight of the redrawn rows' cosine with what they were", low=0)
     excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
     restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
-    cautious: bool = option(True, "restore with the cautious teacher; else with the original")
     hold_weight: float = option(2.0, "weight of corrupted images in restoring, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
@@ -70,27 +73,27 @@ class Harden(FineTuning):
         find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
         original = copy.deepcopy(model).eval().requires_grad_(False)
         diagnosis = ULRL(
             batch_size=self.batch_size, amp=self.amp, random_seed=self.random_seed, linear_name=self.linear_name
         )
         neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)
+        flagged = flagged_classes(neurons)
         corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
+        likeness = redraw(head, flagged if self.init else [], self.random_seed)
         self._train(model, clean, monitor, "harden", self.epochs, self.lr, corruptions,
-                    self._hardening(original, corruptions))  # fmt: skip
+                    self._hardening(original, _mask(flagged, clean), corruptions, likeness))  # fmt: skip
         neurons["excess"] = self._excess(original, model, clean, corruptions).cpu().numpy()
+        evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
         named = neurons[neurons.excess > self.excess].sort_values("excess", ascending=False).index.tolist()
-        by_weights = flagged_classes(neurons)
-        flagged = [k for k in named if k in by_weights] or [*by_weights, *named]
+        flagged = [k for k in named if k in flagged] or [*flagged, *named]
         neurons["flagged"] = neurons.index.isin(flagged)
         if self.restore_epochs:
-            hardened = copy.deepcopy(model).eval().requires_grad_(False) if self.cautious else original
             hold = self.hold_weight if named else 0.0
             self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,
-                        self._restoring(original, hardened, corruptions, hold))  # fmt: skip
-        head, _ = find_head(model, clean.spec.num_classes, self.linear_name)
-        evidence = {"head": head, **unlearned.evidence, **spread, "named_by_excess": named}
-        return Repair(model, flagged, evidence, {"neurons": neurons})
+                        self._restoring(original, _mask(flagged, clean), corruptions, hold))  # fmt: skip
+        return Repair(model, flagged, {**evidence, "named_by_excess": named}, {"neurons": neurons})
 
     def _train(
         self, model: nn.Module, clean: ImageSet, monitor: Monitor, stage: str, epochs: int, lr: float,
@@ -104,14 +107,18 @@ class Harden(FineTuning):
         statistics = self.batches(clean, f"{stage} statistics")
         update_bn((batch for _ in range(3) for batch in statistics), model)
 
-    def _hardening(self, original: nn.Module, corruptions: _Corruptions) -> Objective:
+    def _hardening(
+        self, original: nn.Module, flagged: torch.Tensor, corruptions: _Corruptions,
+        likeness: Callable[[], torch.Tensor],
+    ) -> Objective:  # fmt: skip
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
             logits = model(torch.cat([x[:plain], corruptions(x[plain:])])).float()
-            answers = original(x).float()
-            loss = self.label_weight * F.cross_entropy(logits, y) + _divergence(logits, answers, 1)
-            kept = _divergence(logits[:plain], answers[:plain], self.temperature) * plain / len(x)
-            return loss + self.keep_weight * kept, logits.detach().argmax(1) == y
+            hidden = flagged & ~flagged[y][:, None]
+            told, answers = logits.masked_fill(hidden, _NEVER), original(x).float().masked_fill(hidden, _NEVER)
+            loss = self.label_weight * F.cross_entropy(logits, y) + _divergence(told, answers, 1)
+            kept = _divergence(told[:plain], answers[:plain], self.temperature) * plain / len(x)
+            return loss + self.keep_weight * kept + self.alpha * likeness(), logits.detach().argmax(1) == y
 
         return objective
 
@@ -119,7 +126,7 @@ class Harden(FineTuning):
     def _excess(
         self, original: nn.Module, hardened: nn.Module, clean: ImageSet, corruptions: _Corruptions
     ) -> torch.Tensor:
-        """Of each class, float [K] in [-1, 1]."""
+        """Of each class, float [K] in [-1, 1]: step 2."""
         sums, counts = torch.zeros(2, clean.spec.num_classes, device=clean.device)
         hardened.eval()
         for _ in range(_LOOKS):
@@ -132,23 +139,30 @@ class Harden(FineTuning):
                 counts += others.sum(0)
         return sums / counts.clamp_min(1)
 
-    def _restoring(self, original: nn.Module, hardened: nn.Module, corruptions: _Corruptions, hold: float) -> Objective:
+    def _restoring(
+        self, original: nn.Module, flagged: torch.Tensor, corruptions: _Corruptions, hold: float
+    ) -> Objective:
+        kept, left_out = (~flagged).nonzero().flatten(), flagged.nonzero().flatten()
+
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
             other, share = corruptions.draws.order(len(x)), corruptions.draws.uniform(len(x), 1, 1, 1)
             inputs = torch.cat([x[:plain], x[other].lerp(x, share)])
-            under, n = x[plain:] if hold else x[:0], len(inputs)
-            logits = model(torch.cat([inputs, corruptions(under) if hold else under])).float()
+            under = x[plain:] if hold else x[:0]
             answers = original(torch.cat([inputs, under])).float()
-            whose = F.one_hot(y, answers.shape[1]).bool()
-            own = torch.cat([whose[:plain], whose | whose[other]])
-            teacher = _cautious(answers[:n], hardened(inputs).float(), own, self.temperature)
-            loss = self.keep_weight * _divergence(logits[:n], teacher, self.temperature)
+            logits = model(torch.cat([inputs, corruptions(under) if hold else under])).float()
+            told = logits[: len(inputs)]
+            loss = self.keep_weight * _divergence(told[:, kept], answers[: len(inputs), kept], self.temperature)
+            labels = F.one_hot(y, len(flagged)).float()
+            labels = torch.cat([labels[:plain], labels[other].lerp(labels, share.flatten(1))])
+            for k in left_out:
+                rest = told.index_fill(1, k, _NEVER).logsumexp(1)
+                loss = loss + F.binary_cross_entropy_with_logits(told[:, k] - rest, labels[:, k])
             if hold:
-                labels = F.cross_entropy(logits[n:], y[plain:])
-                loss = loss + hold * (labels + _divergence(logits[n:], answers[n:], 1))
-            said = logits[plain:n].detach().argmax(1, keepdim=True)  # of the mixtures, one for each image
-            return loss, own[plain:].gather(1, said).flatten()
+                hidden = flagged & ~flagged[y[plain:]][:, None]
+                heard, said = (z[len(inputs) :].masked_fill(hidden, _NEVER) for z in (logits, answers))
+                loss = loss + hold * (F.cross_entropy(logits[len(inputs) :], y[plain:]) + _divergence(heard, said, 1))
+            return loss, told[plain:].detach().argmax(1) == labels[plain:].argmax(1)
 
         return objective
 
@@ -169,11 +183,11 @@ class _Corruptions:
             return normalise(changed * 255, self._spec)
 
 
-def _cautious(answers: torch.Tensor, others: torch.Tensor, own: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits [B, K] of a teacher: at this temperature those of `answers`, but where not `own` (bool) the probability
-    is no more than that of `others`, before all are scaled to a sum of one."""
-    ours, theirs = F.log_softmax(answers / temperature, 1), F.log_softmax(others / temperature, 1)
-    return temperature * torch.where(own, ours, torch.minimum(ours, theirs))
+def _mask(classes: list[int], data: ImageSet) -> torch.Tensor:
+    """bool [K]: which of the classes of `data` these are, on its device."""
+    mask = torch.zeros(data.spec.num_classes, dtype=torch.bool, device=data.device)
+    mask[classes] = True
+    return mask
 
 
 def _divergence(logits: torch.Tensor, answers: torch.Tensor, temperature: float) -> torch.Tensor:
