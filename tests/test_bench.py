@@ -122,7 +122,9 @@ def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> N
     assert "RA within 5 points of it: 1 of 2 (+18.0 in the mean, +35.0 at worst, sig)" in said
     assert "at most 1 point of ACC lost: 1 of 2 (+1.9 in the mean, +3.0 at worst, sig)" in said
     assert "Clean nets: at most 0.5: 1 of 2 (+0.5 in the mean, +1.0 at worst, clean0)" in said
-    assert "ASR within 1 point of a clean net's: none measured" in goal(pd.DataFrame(clean))
+    said = goal(pd.DataFrame(clean))
+    assert "Of 0 backdoored nets, 1 seed each" in said
+    assert "ASR within 1 point of a clean net's: none measured" in said
 
 
 def test_what_was_measured_where_the_records_lay_stays_in_the_table(tmp_path: Path) -> None:
