@@ -272,14 +272,18 @@ def test_in_training_defense_is_handed_the_poisoned_training_set(
     assert torch.equal(handed.labels, poisoned.labels)
 
 
+def brief(name: str) -> dict[str, Any]:
+    """Options of a run of one epoch, round and step of everything that has them."""
+    fields = [f.name for f in dataclasses.fields(DEFENSES[name])]
+    once = {f: 1 for f in fields if "epoch" in f or "round" in f or "iter" in f or f.endswith("steps")}
+    return {**once, "queries": 6400} if name == "b3d" else once
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_same_seed_and_index_file_same_repair(name: str, backdoored: Record, tmp_path: Path) -> None:
-    """In a brief run: one epoch of everything that has epochs or rounds."""
-    brief = {f.name: 1 for f in dataclasses.fields(DEFENSES[name]) if "epoch" in f.name or "round" in f.name}
-    brief |= {"queries": 6400} if name == "b3d" else {}
-    folder, first = run_defense(*_order(name, backdoored, **brief), bar=False)
+    folder, first = run_defense(*_order(name, backdoored, **brief(name)), bar=False)
     weights = [torch.load(folder / "defense_result.pt", weights_only=True)["model"]]
-    given: dict[str, Any] = {**brief, "eval_every": 1}
+    given: dict[str, Any] = {**brief(name), "eval_every": 1}
     if not DEFENSES[name].in_training:
         given["index"] = str(tmp_path / "index.txt")
         (tmp_path / "index.txt").write_bytes((folder / "index.txt").read_bytes())
@@ -294,9 +298,8 @@ def test_same_seed_and_index_file_same_repair(name: str, backdoored: Record, tmp
 @pytest.mark.parametrize("name", ["rnp", "anp", "clp"])
 def test_oracle_is_a_column_of_its_own(name: str, backdoored: Record) -> None:
     """Judged afterwards: what the defense chose is the same with and without it."""
-    brief = {f.name: 1 for f in dataclasses.fields(DEFENSES[name]) if "epoch" in f.name or "iter" in f.name}
-    plain = run_defense(*_order(name, backdoored, **brief), bar=False)[1]
-    folder, result = run_defense(*_order(name, backdoored, **brief, report_oracle=True), bar=False)
+    plain = run_defense(*_order(name, backdoored, **brief(name)), bar=False)[1]
+    folder, result = run_defense(*_order(name, backdoored, **brief(name), report_oracle=True), bar=False)
     assert result["after"] == plain["after"]
     assert "oracle" not in plain
     table = pd.read_csv(folder / "oracle.csv")

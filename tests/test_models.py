@@ -249,8 +249,10 @@ REFUSED = {
 
 def repaired(method: str, name: str, **options: Any) -> Repair:
     """In a run as brief as can be, on a few random images; the weights then load into a fresh net."""
-    counts = {f.name: 1 for f in dataclasses.fields(DEFENSES[method]) if "epoch" in f.name or f.name in (
-        "n_rounds", "nb_iter", "K", "adv_steps", "inner_steps")}  # fmt: skip
+    counts = {
+        f.name: 1 for f in dataclasses.fields(DEFENSES[method])
+        if "epoch" in f.name or f.name.endswith("steps") or f.name in ("n_rounds", "nb_iter", "K")
+    }  # fmt: skip
     model = narrow(name)
     repair = DEFENSES[method](batch_size=4, **counts, **options).run(model, samples(), Monitor())
     assert all(w.isfinite().all() for w in repair.model.state_dict().values())
