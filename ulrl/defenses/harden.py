@@ -39,15 +39,16 @@ class Harden(FineTuning):
        divergences.
     2. Name. A class's *excess* is how much more probable it is to the original than to the hardened model on corrupted
        images of other classes. Classes with more than `excess` of it are suspicious, too: flagged are those that both
-       diagnoses name or, where they share none, all that either names. With an excess, stage 3 keeps the corruptions.
+       diagnoses name or, where they share none, all that either names.
     3. Restore, from the hardened weights: on plain images and on mixtures of two (mixup), `keep_weight` * KL at
        `temperature` from the original's answers *to the same input* over all classes that are not flagged, and for each
-       flagged one the binary cross-entropy of it against the rest with the (mixed) labels. With corruptions,
-       `hold_weight` * (cross-entropy + KL(original on the plain image || model)) on corrupted images besides.
+       flagged one the binary cross-entropy of it against the rest with the (mixed) labels. On corrupted images besides,
+       `hold_weight` * (cross-entropy + KL(original on the plain image || model)), twice that where there was an excess.
 
     No answer of the original's to a corrupted image is learnt, and none on the flagged classes but, under corruptions,
     for their own images: with its soft answers on them to plain images and mixtures the backdoor comes back (WaNet:
-    ASR 4 to 32), without them it does not. Mixtures are what holds the rest of the function, from 600 images alone.
+    ASR 4 to 32), without them it does not. Mixtures are what holds the rest of the function, from 600 images alone;
+    corruptions are what holds the hardening.
 
     Weights and corruptions were chosen by ASR and accuracy on four development records and a clean net (BadNets,
     Blended, WaNet, SSBA on fashion_scenes, see docs/method.md), and are the same for all. It sees clean samples only.
@@ -65,7 +66,7 @@ class Harden(FineTuning):
     excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
     restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
-    hold_weight: float = option(2.0, "weight of corrupted images in restoring, where there was an excess", low=0)
+    hold_weight: float = option(1.0, "weight of corrupted images in restoring; twice, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
     linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
@@ -90,7 +91,7 @@ class Harden(FineTuning):
         flagged = [k for k in named if k in flagged] or [*flagged, *named]
         neurons["flagged"] = neurons.index.isin(flagged)
         if self.restore_epochs:
-            hold = self.hold_weight if named else 0.0
+            hold = self.hold_weight * (2 if named else 1)
             self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,
                         self._restoring(original, _mask(flagged, clean), corruptions, hold))  # fmt: skip
         return Repair(model, flagged, {**evidence, "named_by_excess": named}, {"neurons": neurons})
@@ -148,20 +149,17 @@ class Harden(FineTuning):
             plain = len(x) // 2
             other, share = corruptions.draws.order(len(x)), corruptions.draws.uniform(len(x), 1, 1, 1)
             inputs = torch.cat([x[:plain], x[other].lerp(x, share)])
-            under = x[plain:] if hold else x[:0]
-            answers = original(torch.cat([inputs, under])).float()
-            logits = model(torch.cat([inputs, corruptions(under) if hold else under])).float()
-            told = logits[: len(inputs)]
-            loss = self.keep_weight * _divergence(told[:, kept], answers[: len(inputs), kept], self.temperature)
+            answers, held = original(torch.cat([inputs, x[plain:]])).float().tensor_split([len(inputs)])
+            told, heard = model(torch.cat([inputs, corruptions(x[plain:])])).float().tensor_split([len(inputs)])
+            loss = self.keep_weight * _divergence(told[:, kept], answers[:, kept], self.temperature)
             labels = F.one_hot(y, len(flagged)).float()
             labels = torch.cat([labels[:plain], labels[other].lerp(labels, share.flatten(1))])
             for k in left_out:
                 rest = told.index_fill(1, k, _NEVER).logsumexp(1)
                 loss = loss + F.binary_cross_entropy_with_logits(told[:, k] - rest, labels[:, k])
-            if hold:
-                hidden = flagged & ~flagged[y[plain:]][:, None]
-                heard, said = (z[len(inputs) :].masked_fill(hidden, _NEVER) for z in (logits, answers))
-                loss = loss + hold * (F.cross_entropy(logits[len(inputs) :], y[plain:]) + _divergence(heard, said, 1))
+            hidden = flagged & ~flagged[y[plain:]][:, None]
+            drift = _divergence(heard.masked_fill(hidden, _NEVER), held.masked_fill(hidden, _NEVER), 1)
+            loss = loss + hold * (F.cross_entropy(heard, y[plain:]) + drift)
             return loss, told[plain:].detach().argmax(1) == labels[plain:].argmax(1)
 
         return objective
