@@ -54,9 +54,10 @@ CHOOSES = 8  # test batches that a release sees which chooses by them
 
 # Into the launcher of theirs, before the script runs: their PreAct-ResNet18 at another width, and short tests.
 PATCH = """
-import itertools, re, models.preact_resnet as nets
-source = pathlib.Path(nets.__file__).read_text()
-exec(re.sub(r"\\b(64|128|256|512)\\b", lambda found: str(int(found[0]) * {width} // 64), source), vars(nets))
+import importlib, itertools, re
+for nets in map(importlib.import_module, os.environ["NETS"].split()):
+    source = pathlib.Path(nets.__file__).read_text()
+    exec(re.sub(r"\\b(64|128|256|512)\\b", lambda found: str(int(found[0]) * {width} // 64), source), vars(nets))
 Loader, batches = torch.utils.data.DataLoader, int(os.environ["TEST_BATCHES"])
 whole = Loader.__iter__
 tests = lambda loader: batches and {test_images} >= len(loader.dataset) >= {test_images} // 2
@@ -77,6 +78,7 @@ class Release:
     epochs: str = "--epochs {epochs}"  # the flags that --epochs sets, on both sides
     saves_another: bool = False
     batches: int = 1  # of the test sets, that its own judging sees; 0: all
+    net: str = ""  # the module of a PreAct-ResNet18 of its own
     known: str = ""
 
 
@@ -93,11 +95,13 @@ RELEASES = {
     "nad": Release(epochs="--te_epochs {epochs} --epochs {epochs}",
                    known="the release's third map has one pixel, and so no effect; its student takes te_epochs"),
     "anp": Release(epochs="--nb_iter {epochs}00", theirs="--print_every {epochs}00", batches=CHOOSES,
+                   net="utils.defense_utils.anp.anp_model.preact_anp",
                    known="the release chooses on test ASR, and its noise reaches twice anp_eps"),
     "fp": Release(batches=CHOOSES,
                   known="the release prunes by test accuracy and keeps the first model that lost too much"),
     "clp": Release(epochs="", known="the release pairs a BatchNorm with the convolution listed before it"),
-    "bnp": Release(epochs="", known="the release compares with poisoned data, and in one batch"),
+    "bnp": Release(epochs="", net="utils.defense_utils.mbns.mbns_model.preact_mbns",
+                   known="the release compares with poisoned data, and in one batch"),
     "nc": Release(saves_another=True, batches=0, epochs="--nc_epoch {epochs} --epochs {epochs}",
                   known="the release saves the backdoored model; its table is of the repaired one"),
     "i-bau": Release(epochs="--n_rounds {epochs}",
@@ -106,7 +110,7 @@ RELEASES = {
     "sau": Release(epochs="--n_rounds {epochs}", known="ours ends the attack after all its steps"),
     "npd": Release(saves_another=True, batches=0,
                    known="the layer stands before a convolution there, behind it here; the release draws its images"),
-    "rnp": Release(ours="--pruning_number 0.7", batches=CHOOSES,
+    "rnp": Release(ours="--pruning_number 0.7", batches=CHOOSES, net="utils.defense_utils.rnp.rnp_model.preact_rnp",
                    epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
                    known="both prune at 0.7, its only value; ours sets a tenth aside and bounds the ascent"),
 }  # fmt: skip
@@ -155,12 +159,12 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
         order = torch.randperm(50_000, generator=torch.Generator().manual_seed(seed))
         index.write_text("".join(f"{i}\n" for i in order[: args.clean_samples].tolist()))
     epochs = release.epochs.format(epochs=args.epochs) if args.epochs else ""
-    common = f"--result_file badnet --random_seed {seed} {epochs}"
+    common = f"--result_file badnet --random_seed {seed}"
     given = checkout / release.yaml.format(method=method) if release.yaml else None
     of_yaml = f"--yaml_path {given}" if given else ""
     of_index = f" --index {index}"
     folder = f"ours_{method}_{seed}"
-    flags = f"{common} {of_yaml} {release.ours} {of_index} --save_folder_name {folder} --overwrite"
+    flags = f"{common} {of_yaml} {release.ours} {epochs} {of_index} --save_folder_name {folder} --overwrite"
     _run(scratch, ROOT / "defense" / f"{method}.py", *flags.split())
     ours = json.loads((record / "defense" / folder / "result.json").read_text())["after"]
 
@@ -177,9 +181,10 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
             values["cos_t_max"] = args.epochs
         same = scratch / f"{method}.yaml"
         same.write_text(yaml.safe_dump(values))
-        flags = f"{common} --yaml_path {same} {of_index if method != 'clp' else ''} {theirs} --num_workers 0"
+        chosen = of_index if method != "clp" else ""
+        flags = f"{common} --yaml_path {same} {chosen} {theirs} {epochs} --num_workers 0"
     script = checkout / release.script.format(method=method)
-    _run(scratch, script, *flags.split(), folder=release.folder, test_batches=release.batches)
+    _run(scratch, script, *flags.split(), release=release)
     if release.saves_another:
         their_figures = _by_table(made, method)
     else:
@@ -212,13 +217,16 @@ def _by_table(made: Path, method: str) -> dict[str, float]:
     return {k: float(last[f"test_{k}"]) for k in FIGURES}
 
 
-def _run(scratch: Path, script: Path, *flags: str, folder: str = "", test_batches: int | None = None) -> None:
-    """A script of ours or, with the number of test batches that it may see, of theirs."""
-    launcher = "launch.py" if test_batches is None else "launch_theirs.py"
+def _run(scratch: Path, script: Path, *flags: str, release: Release | None = None) -> None:
+    """A script of ours or, of a release, of theirs."""
+    launcher, folder, environment = "launch.py", "", {"ULRL_HOME": str(scratch)}
+    if release:
+        launcher, folder = "launch_theirs.py", release.folder
+        environment |= {"TEST_BATCHES": str(release.batches), "NETS": f"models.preact_resnet {release.net}"}
     where = ("--dataset", "cifar10", "--device", "cuda" if torch.cuda.is_available() else "cpu")
     done = subprocess.run(
         [sys.executable, str(scratch / launcher), str(script), *flags, *where],
-        cwd=scratch / folder, env={**os.environ, "ULRL_HOME": str(scratch), "TEST_BATCHES": str(test_batches)},
+        cwd=scratch / folder, env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:
