@@ -5,8 +5,8 @@
 Records under $ULRL_HOME/record/, clean nets among them (those of `python -m bench.victims`, or any others, such as of
 bench.many_classes' data); a share of the clean training images per seed. Judged on all clean and triggered test images,
 beside the clean nets of the same architecture, width and data. Each run leaves a file in $ULRL_HOME/successor/, so a
-stopped one goes on where it was and several may work side by side; bench/results/successor.csv is made of these and of
-what it held, and from it the tables in docs/method.md and README.md.
+stopped one goes on where it was and several may work side by side; one that bench.quality has made is not made again.
+bench/results/successor.csv is made of both and of what it held, and from it the tables in docs/method.md and README.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ import torch
 
 from bench.jobs import Bench
 from bench.pages import RESULTS, interval, percent, with_earlier, write_block, write_csv
+from bench.quality import folder
+from bench.tables import gather
+from bench.victims import jobs_of
 from ulrl.data.datasets import clean_subset
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.files import home, whole_file
@@ -36,7 +39,11 @@ PREFIX = "bench_fashion_scenes_"
 COMMON = {"p0.1", "p0.5", "s0", "w16"}  # parts of a record's name that most have, and the tables leave out
 RATIO = 0.01  # the share of the training images that the goal is about
 ROOT = Path(__file__).resolve().parent.parent
+KEY = ["record", "variant", "ratio", "seed"]
 PAGE, FRONT = ROOT / "docs" / "method.md", ROOT / "README.md"
+
+COLUMNS = [*KEY, "attack", "acc_before", "acc", "asr_before", "asr", "ra", "clean_asr", "clean_ra", "flagged",
+           "cpu_seconds"]  # fmt: skip
 
 # name: (defense, what differs from its defaults, which are the published values)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,11 +80,11 @@ def _kind(record: Record) -> tuple[object, ...]:
 
 
 def measure(bench: Bench, cleans: Sequence[Record], variant: str, seed: int, ratio: float) -> None:
-    """One run, unless its file is there."""
+    """One run, unless its file is there, or bench.quality's."""
     record = bench.record
     share = "" if ratio == RATIO else f"__{ratio:g}"
     file = home() / "successor" / f"{record.name}__{variant.replace(' ', '-')}__{seed}{share}.json"
-    if file.exists():
+    if file.exists() or (record.folder / "defense" / folder(variant, ratio, seed) / "result.json").exists():
         return
     name, options = VARIANTS[variant]
     defense: Defense = DEFENSES[name](random_seed=seed, **options)
@@ -117,9 +124,10 @@ def table(runs: pd.DataFrame) -> Iterator[str]:
         change = [a - b for a, b in zip(cell.acc, cell.acc_before, strict=True)]
         asr, ra = ("", "") if cell.asr.isna().all() else (_beside(cell, "asr"), _beside(cell, "ra"))
         flagged = ", ".join(f or "none" for f in cell.flagged)
+        seconds = "" if cell.cpu_seconds.isna().all() else f"{cell.cpu_seconds.mean():.0f}"
         yield (
             f"| {_label(record)} | {percent(ratio)}% | {variant} | {100 * interval(change)[0]:+.1f} "
-            f"| {asr} | {ra} | {flagged} | {cell.cpu_seconds.mean():.0f} | {len(cell)} |"
+            f"| {asr} | {ra} | {flagged} | {seconds} | {len(cell)} |"
         )
 
 
@@ -216,11 +224,22 @@ def main() -> None:
     report()
 
 
+def _of_quality() -> pd.DataFrame:
+    """The runs that bench.quality has made of a variant, as rows of ours: of their seconds, not those of the CPU."""
+    frame = gather(jobs_of("cpu")).rename(columns={"defense": "variant", "subset": "seed"})
+    if frame.empty:
+        return pd.DataFrame(columns=COLUMNS)
+    plain = [name for name, (defense, options) in VARIANTS.items() if name == defense and not options]
+    return frame[frame.variant.isin(plain)].reindex(columns=COLUMNS)
+
+
 def report() -> None:
     """The tables, of what has run here and of what the CSV holds from elsewhere."""
     files = sorted((home() / "successor").glob("*.json"))
-    runs = pd.DataFrame([json.loads(file.read_text()) for file in files])
-    runs = with_earlier(RESULTS / "successor.csv", runs, ("record", "variant", "ratio", "seed"))
+    runs = pd.DataFrame([json.loads(file.read_text()) for file in files], columns=COLUMNS)
+    both = [part for part in (_of_quality(), runs) if len(part)]
+    runs = pd.concat(both).drop_duplicates(KEY, keep="last") if both else runs
+    runs = with_earlier(RESULTS / "successor.csv", runs, KEY)
     write_csv(RESULTS / "successor.csv", runs)
     write_block("goal", [goal(runs)], PAGE)
     mine = _of_the_goal(runs)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import pages, speed
+from bench import pages, speed, successor
 from bench.idle import idle_jobs
 from bench.pages import cell, interval, with_earlier, write_block, write_csv
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
-from bench.successor import PREFIX, RATIO, front, goal
+from bench.successor import COLUMNS, PREFIX, RATIO, front, goal, table
 from bench.tables import FOLDER, _marks, _titles, distance, ranking, words
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
@@ -125,6 +125,19 @@ def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> N
     said = goal(pd.DataFrame(clean))
     assert "Of 0 backdoored nets, 1 seed each" in said
     assert "ASR within 1 point of a clean net's: none measured" in said
+
+
+def test_what_the_other_bench_has_repaired_is_taken_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is a variant as it stands; its seconds are of a clock, so none of the CPU is said."""
+    row = {"record": PREFIX + "lf", "attack": "lf", "ratio": RATIO, "subset": 2, "acc_before": 0.9, "acc": 0.88,
+           "asr_before": 1.0, "asr": 0.03, "ra": 0.5, "clean_asr": 0.02, "clean_ra": 0.4, "flagged": "6",
+           "seconds": 300.0}  # fmt: skip
+    found = pd.DataFrame([row | {"defense": name} for name in ("harden", "clp")])
+    monkeypatch.setattr(successor, "gather", lambda jobs: found)
+    taken = successor._of_quality()
+    assert list(taken.columns) == COLUMNS
+    assert (taken.variant.tolist(), taken.seed.tolist()) == (["harden"], [2])
+    assert list(table(taken))[2:] == ["| lf | 1.0% | harden | -2.0 | 3.0 (2.0) | 50.0 (40.0) | 6 |  | 1 |"]
 
 
 def test_what_was_measured_where_the_records_lay_stays_in_the_table(tmp_path: Path) -> None:
