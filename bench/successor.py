@@ -5,7 +5,8 @@
 Records under $ULRL_HOME/record/, clean nets among them (those of `python -m bench.victims`, or any others, such as of
 bench.many_classes' data); a share of the clean training images per seed. Judged on all clean and triggered test images,
 beside the clean nets of the same architecture, width and data. Each run leaves a file in $ULRL_HOME/successor/, so a
-stopped one goes on where it was and several may work side by side; one that bench.quality has made is not made again.
+stopped one goes on where it was and several may work side by side; Harden's and ULRL's are taken from bench.quality
+where it has made them.
 bench/results/successor.csv is made of both and of what it held, and from it the tables in docs/method.md and README.md.
 """
 
@@ -39,6 +40,7 @@ PREFIX = "bench_fashion_scenes_"
 COMMON = {"p0.1", "p0.5", "s0", "w16"}  # parts of a record's name that most have, and the tables leave out
 RATIO = 0.01  # the share of the training images that the goal is about
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ("harden", "ulrl")  # with bench.quality, whose values for them are the defaults
 KEY = ["record", "variant", "ratio", "seed"]
 PAGE, FRONT = ROOT / "docs" / "method.md", ROOT / "README.md"
 
@@ -84,7 +86,8 @@ def measure(bench: Bench, cleans: Sequence[Record], variant: str, seed: int, rat
     record = bench.record
     share = "" if ratio == RATIO else f"__{ratio:g}"
     file = home() / "successor" / f"{record.name}__{variant.replace(' ', '-')}__{seed}{share}.json"
-    if file.exists() or (record.folder / "defense" / folder(variant, ratio, seed) / "result.json").exists():
+    shared = record.folder / "defense" / folder(variant, ratio, seed) / "result.json"
+    if file.exists() or (variant in SHARED and shared.exists()):
         return
     name, options = VARIANTS[variant]
     defense: Defense = DEFENSES[name](random_seed=seed, **options)
@@ -225,12 +228,11 @@ def main() -> None:
 
 
 def _of_quality() -> pd.DataFrame:
-    """The runs that bench.quality has made of a variant, as rows of ours: of their seconds, not those of the CPU."""
+    """The runs that bench.quality has made of both, as rows of ours; it does not count the CPU's seconds."""
     frame = gather(jobs_of("cpu")).rename(columns={"defense": "variant", "subset": "seed"})
     if frame.empty:
         return pd.DataFrame(columns=COLUMNS)
-    plain = [name for name, (defense, options) in VARIANTS.items() if name == defense and not options]
-    return frame[frame.variant.isin(plain)].reindex(columns=COLUMNS)
+    return frame[frame.variant.isin(SHARED)].reindex(columns=COLUMNS)
 
 
 def report() -> None:

@@ -19,7 +19,8 @@ from ulrl.sweep.jobs import AttackJob
 
 FOLDER = re.compile(r"bench_(.+)_r([\d.]+)_c(\d+)")
 ATTACKS_AFTER = ("before", "retuned", "query", "universal")
-DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf")  # Harden's settings were chosen, or looked at, on these
+# Harden's settings were chosen, or tried, on these.
+DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf", "sig", "trojannn")
 PAGES = BENCH.parent
 FEWEST = 6  # records that the defenses share, for a ranking to be shown on the project's own pages
 
@@ -165,8 +166,8 @@ def words(runs: pd.DataFrame) -> list[str]:
         apart = ranking(others)
         order = [f"{row.defense} {percent(row.distance)}" for row in apart[apart.ranked].itertuples()]
         sentences.append(
-            f"Harden's settings were chosen on {', '.join(DEVELOPED_ON)}; on the others ({apart.records.max()}) "
-            f"the distances are {', '.join(order[:5])}."
+            f"Harden's settings were chosen or tried on {', '.join(DEVELOPED_ON)}; on the others "
+            f"({apart.records.max()}) the distances are {', '.join(order[:5])}."
         )
     out = ranks[~ranks.ranked].defense.tolist()
     if out:

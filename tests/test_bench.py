@@ -24,6 +24,7 @@ from bench.tables import FOLDER, _marks, _titles, distance, ranking, words
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.defenses.harden import Harden
 from ulrl.errors import UserError
 from ulrl.sweep import scheduler
 from ulrl.sweep.jobs import State
@@ -79,11 +80,11 @@ def full(*rows: tuple[str, str, float]) -> pd.DataFrame:
 
 def test_the_words_tell_which_records_a_defense_was_made_on_and_what_was_not_run() -> None:
     said = " ".join(
-        words(full(("ulrl", "lf", 0.1), ("ulrl", "sig", 0.5), ("harden", "lf", 0.0), ("harden", "sig", 0.4)))
+        words(full(("ulrl", "lf", 0.1), ("ulrl", "bpp", 0.5), ("harden", "lf", 0.0), ("harden", "bpp", 0.4)))
     )
     assert "harden (20.0" in said
     assert "on the others (1) the distances are harden 40.0, ulrl 50.0" in said
-    assert "ULRL is number 2, 10.0 points behind; it is worst on sig." in said
+    assert "ULRL is number 2, 10.0 points behind; it is worst on bpp." in said
     assert "Harden's settings" not in " ".join(words(full(("harden", "lf", 0.0), ("ulrl", "lf", 0.1))))
     assert "abl" in said.split("Not run: ")[1]
     assert "ulrl" not in said.split("Not run: ")[1]
@@ -128,7 +129,7 @@ def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> N
 
 
 def test_what_the_other_bench_has_repaired_is_taken_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it is a variant as it stands; its seconds are of a clock, so none of the CPU is said."""
+    """Of the two methods that are compared; its seconds are of a clock, so none of the CPU is said."""
     row = {"record": PREFIX + "lf", "attack": "lf", "ratio": RATIO, "subset": 2, "acc_before": 0.9, "acc": 0.88,
            "asr_before": 1.0, "asr": 0.03, "ra": 0.5, "clean_asr": 0.02, "clean_ra": 0.4, "flagged": "6",
            "seconds": 300.0}  # fmt: skip
@@ -137,6 +138,7 @@ def test_what_the_other_bench_has_repaired_is_taken_from_there(monkeypatch: pyte
     taken = successor._of_quality()
     assert list(taken.columns) == COLUMNS
     assert (taken.variant.tolist(), taken.seed.tolist()) == (["harden"], [2])
+    assert repair_job(next(iter(jobs_of("cpu").values())), "harden", RATIO, 2, 600).defense == Harden(random_seed=2)
     assert list(table(taken))[2:] == ["| lf | 1.0% | harden | -2.0 | 3.0 (2.0) | 50.0 (40.0) | 6 |  | 1 |"]
 
 
