@@ -112,7 +112,7 @@ RELEASES = {
                    known="the layer stands before a convolution there, behind it here; the release draws its images"),
     "rnp": Release(ours="--pruning_number 0.7", batches=CHOOSES, net="utils.defense_utils.rnp.rnp_model.preact_rnp",
                    epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
-                   known="both prune at 0.7, its only value; ours sets a tenth aside and bounds the ascent"),
+                   known="both prune at 0.7, its only value; ours sets a fifth aside and bounds the ascent"),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from manners import refused
 from ulrl.attacks.badnet import BadNet
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main, main
-from ulrl.configure import AttackRun, DefenseRun, DetectionRun, configure_attack
+from ulrl.configure import AttackRun, DefenseRun, DetectionRun, configure_attack, configure_defense
 from ulrl.defenses.base import DEFENSES
 from ulrl.detectors.base import DETECTORS
 from ulrl.errors import UserError
@@ -550,6 +550,12 @@ def test_every_key_of_backdoorbench_is_an_option_or_ignored(name: str) -> None:
     schema = Schema(AttackRun, ATTACKS[name], TrainOptions)
     keys = {*PEER_KEYS[name].split(), "attack", "attack_label_trans", "attack_target", "pratio"}
     assert keys <= set(schema.fields) | schema.ignored
+
+
+def test_what_backdoorbench_gives_rnp_in_vain_has_no_effect_here() -> None:
+    """Its file names a cosine; its script, as RNP's release, lowers the rate in steps."""
+    method, _ = configure_defense("rnp", {"lr_scheduler": "CosineAnnealingLR"}, "cifar10", "preactresnet18", quiet=True)
+    assert vars(method)["lr_scheduler"] == "MultiStepLR"
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))

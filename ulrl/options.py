@@ -67,7 +67,8 @@ class Settings:
 class Schema:
     """The options of one command: the fields of `classes`, in order.
 
-    A class may name further keys of BackdoorBench's as `ignored`, a set of those without a meaning for it.
+    A class may name keys of BackdoorBench's as `ignored`, those without a meaning for it; a field so named keeps its
+    default.
     """
 
     def __init__(self, *classes: type) -> None:
@@ -77,7 +78,7 @@ class Schema:
         for cls in classes:
             hints = typing.get_type_hints(cls)
             for f in dataclasses.fields(cls):
-                if f.metadata:
+                if f.metadata and f.name not in getattr(cls, "ignored", ()):
                     self.fields.setdefault(f.name, f)
                     self.hints.setdefault(f.name, hints[f.name])
 
