@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -46,6 +47,25 @@ def test_restoring_does_not_hear_the_original_on_flagged_classes(clean: ImageSet
 
     assert loss(louder, [FLAGGED]) == loss(original, [FLAGGED])
     assert loss(louder, []) > loss(original, []) + 0.01
+
+
+@pytest.mark.parametrize(("excess", "weight"), [(1.0, 0.7), (-1.0, 1.4)])
+def test_corruptions_stay_in_and_weigh_twice_where_there_was_an_excess(
+    clean: ImageSet, original: nn.Module, monkeypatch: pytest.MonkeyPatch, excess: float, weight: float
+) -> None:
+    weights: list[float] = []
+    restoring = Harden._restoring
+    monkeypatch.setattr(Harden, "_restoring", lambda *given: weights.append(given[-1]) or restoring(*given))
+    method = Harden(amp=False, epochs=1, restore_epochs=1, hold_weight=0.7)
+    dataclasses.replace(method, excess=excess).run(copy.deepcopy(original).requires_grad_(True), clean, Monitor())
+    assert weights == [pytest.approx(weight)]
+    x, y = normalise(clean.images, clean.spec), clean.labels
+    losses = [
+        method._restoring(original, _mask([], clean), corruptions(clean), hold)(original, x, y)[0].item()
+        for hold in (0.0, 1.0, 2.0)
+    ]
+    assert losses[1] - losses[0] > 0.01
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-3)
 
 
 def test_excess_is_what_the_hardened_net_no_longer_says(clean: ImageSet, original: nn.Module) -> None:
