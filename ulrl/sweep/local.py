@@ -22,6 +22,7 @@ from ulrl.files import home
 from ulrl.sweep.jobs import Job, attempt
 
 _STOPS = {signal.SIGINT, signal.SIGTERM}
+_PATIENCE = 20.0  # seconds that a job has to end in, which it does between two steps; Slurm has 30 for all
 
 
 class LocalEngine:
@@ -75,11 +76,11 @@ class LocalEngine:
         return ended
 
     def close(self) -> None:
-        """End what still runs: each has a second to take away what it has half written."""
+        """End what still runs, once it has taken away what it has half written."""
         processes = [process for process, _, _ in self._running.values()]
         for process in processes:
             process.terminate()
-        end = time.monotonic() + 1
+        end = time.monotonic() + _PATIENCE
         for process in processes:
             process.join(max(0, end - time.monotonic()))
             process.kill()
