@@ -44,11 +44,11 @@ class BAN(FineTuning):
     threshold is ours. Its mask is one on the last feature map, before it is averaged, trained in train mode; ours is on
     the averages, of the model as it answers, which a model of any kind has.
 
-    A share above the threshold is no finding by itself. Seen on clean samples of two draws (1%): on `fashion_scenes` at width 16
-    five of twelve targets had more than half in at least one draw (BadNets, adaptive Blended, BPP, SSBA, LF), and no class
-    of two clean PreAct-ResNets had more than 0.36. But a class of a clean VGG19-BN had 0.97, and of nine clean nets of width 8
-    on Fashion-MNIST five had a class above 0.98. On the 8x8 digits one of twelve targets was above the threshold and once a
-    wrong class, of twelve clean nets none; the target's share was the largest of ten of the twelve.
+    A share above the threshold is no finding by itself. Seen on 1% of clean samples, two draws of them: on
+    `fashion_scenes` at width 16 five of twelve targets had more than half at least once (BadNets, adaptive Blended,
+    BPP, SSBA, LF), and no class of two clean nets more than 0.36. But a class of a clean VGG19-BN had 0.97, and of nine
+    clean nets of width 8 on Fashion-MNIST five had a class above 0.98. On the 8x8 digits one of twelve targets was
+    above the threshold, and once a wrong class, of twelve clean nets none; ten of the targets had the largest share.
     """
 
     batch_size: int = option(128, "clean images per step", source=_RELEASE, low=2)
