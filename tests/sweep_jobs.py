@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,19 @@ class Command(Job):
         self.folder.mkdir(parents=True)
         note(f"end {self.name}")
         (self.folder / "result.json").write_text('{"seconds": {"total": 1.0}}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Job):
+    """A job that is long in ending when it is asked to, as one whose step takes longer."""
+
+    def work(self) -> None:
+        note(f"begin {self.name}")
+        try:
+            time.sleep(600)
+        finally:
+            time.sleep(2)
+            note(f"cleared {self.name}")
 
 
 def note(line: str) -> None:

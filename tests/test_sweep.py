@@ -194,6 +194,16 @@ def test_a_sweep_killed_half_way_goes_on(shared_home: Path, engine: LocalEngine)
     assert all(noted(shared_home)[f"begin {job.name}"] == 1 for job in done)
 
 
+def test_a_job_that_is_stopped_has_time_to_clear_away(shared_home: Path, engine: LocalEngine) -> None:
+    engine.start(sweep_jobs.Slow(name="slow", needs=None, alike=("attack",)))
+    deadline = time.monotonic() + 60
+    while not noted(shared_home)["begin slow"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    engine.close()
+    assert noted(shared_home)["cleared slow"] == 1
+
+
 def test_two_sweeps_at_once_share_the_jobs(shared_home: Path, engine: LocalEngine) -> None:
     jobs = study(2, 4, 0.3)
     other = sweep_jobs.start(2, 4, 0.3)
