@@ -229,22 +229,35 @@ def _marks(runs: pd.DataFrame) -> list[str]:
 
 
 def _reactivations(runs: pd.DataFrame) -> list[str]:
-    """ASR after each attack that is to bring the backdoor back, over the records."""
+    """ASR after each attack that is to bring the backdoor back, over the records, and how far above clean nets'."""
     if "again_before" not in runs or runs.again_before.isna().all():
         return ["No re-activation has been measured."]
-    lines = ["Re-activation: ASR in percent, mean ±95% interval over records (n).", "",
-             "| defense | as repaired | retuned | query | universal |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+    lines = ["Re-activation: ASR in percent, mean ±95% interval over records (n); last, how many points it is at most "
+             "above that of clean nets attacked in the same way.", "",
+             "| defense | as repaired | retuned | query | universal | most above clean nets |",
+             "|---|---:|---:|---:|---:|---|"]  # fmt: skip
     once = runs.drop_duplicates("record")
     if "clean_again_before" in once:
         cells = [cell(once[f"clean_again_{k}"].dropna().tolist()) for k in ATTACKS_AFTER]
-        lines.append("| (clean nets) | " + " | ".join(cells) + " |")
+        lines.append("| (clean nets) | " + " | ".join(cells) + " | |")
     done = runs[runs.again_before.notna()]
     for name in ranking(runs).defense:
         part = done[done.defense == name].groupby("record")[[f"again_{k}" for k in ATTACKS_AFTER]].mean()
         if len(part):
             cells = [cell(part[f"again_{k}"].tolist()) for k in ATTACKS_AFTER]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | " + " | ".join([*cells, _most_above(done[done.defense == name])]) + " |")
     return lines
+
+
+def _most_above(part: pd.DataFrame) -> str:
+    """The record and the attack that bring back most, beside clean nets attacked in the same way."""
+    if "clean_again_before" not in part:
+        return ""
+    above = pd.DataFrame({k: part[f"again_{k}"] - part[f"clean_again_{k}"] for k in ATTACKS_AFTER[1:]}).stack().dropna()
+    if above.empty:
+        return ""
+    row, attack = above.idxmax()
+    return f"{percent(above.max())} ({attack}, {part.attack[row]})"
 
 
 def _clean(runs: pd.DataFrame) -> list[str]:
