@@ -2,14 +2,16 @@
 
 Each DIR is a checkout of theirs, whose code is run from a scratch folder, patched to start (see bench/release_speed.py,
 whose launcher this is), to have the record's width, and to judge less: of a test set its own judging sees the first
-batch alone, or, where it chooses by it, the first eight; where its table is all that it leaves (NC, NPD), everything.
-What has no checkout is left out. In the scratch folder fashion_scenes lies as CIFAR-10's files, which all of them
-read, and beside it one BadNets record of ours, whose model is trained there or is that of a victim of the bench
-(--victim). Both sides repair it with the same clean images (the scripts of FST, FT-SAM and NPD take no list, and draw
-as many of their own), seeds and options: those of the release's YAML file, which ours reads too; with --epochs its
-cosine ends with them. Both repaired models are judged by our judge on the same test images; where the release saves
-another model than the one it made (NC, NPD), by the figures of its own table. A run that is there is kept with
---scratch, so a stopped one goes on.
+batch alone, or, where it chooses by it, the first eight; where its table is all that it leaves (NC, NPD, TSBD),
+everything. TSBD's two files belong into BackdoorBench's checkout, as defense/tsbd.py and
+config/defense/tsbd/config.yaml; of its eleven shares of filters one is tried. What has no checkout is left out.
+
+In the scratch folder fashion_scenes lies as CIFAR-10's files, which all of them read, and beside it one BadNets record
+of ours, whose model is trained there or is that of a victim of the bench (--victim). Both sides repair it with the same
+clean images (the scripts of FST, FT-SAM and NPD take no list, and draw as many of their own), seeds and options: those
+of the release's YAML file, which ours reads too; with --epochs its cosine ends with them. Both repaired models are
+judged by our judge on the same test images; where the release saves another model than the one it made (NC, NPD), or
+none (TSBD), by the figures of its own table. A run that is there is kept with --scratch, so a stopped one goes on.
 
 A figure is said to differ where the means are further apart than twice the standard error of the seeds.
 """
@@ -58,6 +60,11 @@ import importlib, itertools, re
 for nets in map(importlib.import_module, os.environ["NETS"].split()):
     source = pathlib.Path(nets.__file__).read_text()
     exec(re.sub(r"\\b(64|128|256|512)\\b", lambda found: str(int(found[0]) * {width} // 64), source), vars(nets))
+found, instead = os.environ["INSTEAD"].split("=>")
+if found:
+    patched = pathlib.Path("patched.py")
+    patched.write_text(re.sub(found, instead, script.read_text()))
+    script = patched
 Loader, batches = torch.utils.data.DataLoader, int(os.environ["TEST_BATCHES"])
 whole = Loader.__iter__
 tests = lambda loader: batches and {test_images} >= len(loader.dataset) >= {test_images} // 2
@@ -76,7 +83,10 @@ class Release:
     folder: str = ""  # where it expects to be run
     yaml: str = "config/defense/{method}/config.yaml"
     epochs: str = "--epochs {epochs}"  # the flags that --epochs sets, on both sides
-    saves_another: bool = False
+    table: str = ""  # where it saves another model than it made, or none: its own table, and which rows to ask
+    rows: str = ""
+    instead: str = "=>"  # a pattern in its script, and what stands there instead
+    our_yaml: str = ""  # where its file's keys mean something else to us
     batches: int = 1  # of the test sets, that its own judging sees; 0: all
     net: str = ""  # the module of a PreAct-ResNet18 of its own
     known: str = ""
@@ -102,17 +112,22 @@ RELEASES = {
     "clp": Release(epochs="", known="the release pairs a BatchNorm with the convolution listed before it"),
     "bnp": Release(epochs="", net="utils.defense_utils.mbns.mbns_model.preact_mbns",
                    known="the release compares with poisoned data, and in one batch"),
-    "nc": Release(saves_another=True, batches=0, epochs="--nc_epoch {epochs} --epochs {epochs}",
+    "nc": Release(table="nc_df*.csv", batches=0, epochs="--nc_epoch {epochs} --epochs {epochs}",
                   known="the release saves the backdoored model; its table is of the repaired one"),
     "i-bau": Release(epochs="--n_rounds {epochs}",
                      known="BackdoorBench's perturbation is of normalised values, without bound; ours is of pixels, "
                      "as its authors', and within the paper's bound"),
     "sau": Release(epochs="--n_rounds {epochs}", known="ours ends the attack after all its steps"),
-    "npd": Release(saves_another=True, batches=0,
+    "npd": Release(table="npd_df*.csv", batches=0,
                    known="the layer stands before a convolution there, behind it here; the release draws its images"),
     "rnp": Release(ours="--pruning_number 0.7", batches=CHOOSES, net="utils.defense_utils.rnp.rnp_model.preact_rnp",
                    epochs="--unlearning_epochs {epochs} --recovering_epochs {epochs}",
                    known="both prune at 0.7, its only value; ours sets a fifth aside and bounds the ascent"),
+    "tsbd": Release(table="checkpoint_*/stage2_df*.csv", rows="n == 0.15", batches=0, epochs="",
+                    instead=r"(?m)^reinit_ratio = .*=>reinit_ratio = [0.15]",
+                    our_yaml="config/defense/tsbd/published.yaml",
+                    ours="--neuron_ratio 0.15 --unlearning_lr 0.0005 --epochs 21", theirs="--lr_un 0.0005",
+                    known="TODO"),
 }  # fmt: skip
 
 
@@ -161,10 +176,10 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
     epochs = release.epochs.format(epochs=args.epochs) if args.epochs else ""
     common = f"--result_file badnet --random_seed {seed}"
     given = checkout / release.yaml.format(method=method) if release.yaml else None
-    of_yaml = f"--yaml_path {given}" if given else ""
-    of_index = f" --index {index}"
+    our_yaml = ROOT / release.our_yaml if release.our_yaml else given
+    of_yaml = f"--yaml_path {our_yaml}" if our_yaml else ""
     folder = f"ours_{method}_{seed}"
-    flags = f"{common} {of_yaml} {release.ours} {epochs} {of_index} --save_folder_name {folder} --overwrite"
+    flags = f"{common} {of_yaml} {release.ours} {epochs} --index {index} --save_folder_name {folder} --overwrite"
     _run(scratch, ROOT / "defense" / f"{method}.py", *flags.split())
     ours = json.loads((record / "defense" / folder / "result.json").read_text())["after"]
 
@@ -176,17 +191,16 @@ def repaired(scratch: Path, checkout: Path, method: str, seed: int, args: argpar
         flags = f"{theirs} --random_seed {seed} {epochs}"
     else:
         assert given is not None
-        values = {**yaml.safe_load(given.read_text()), "ratio": args.clean_samples / 50_000}
+        values = {**yaml.safe_load(given.read_text()), "ratio": args.clean_samples / 50_000, "index": str(index)}
         if args.epochs:
             values["cos_t_max"] = args.epochs
         same = scratch / f"{method}.yaml"
         same.write_text(yaml.safe_dump(values))
-        chosen = of_index if method != "clp" else ""
-        flags = f"{common} --yaml_path {same} {chosen} {theirs} {epochs} --num_workers 0"
+        flags = f"{common} --yaml_path {same} {theirs} {epochs} --num_workers 0"
     script = checkout / release.script.format(method=method)
     _run(scratch, script, *flags.split(), release=release)
-    if release.saves_another:
-        their_figures = _by_table(made, method)
+    if release.table:
+        their_figures = _by_table(made, release)
     else:
         saved = load_torch(made / "defense_result.pt")
         their_figures = judged(load_record(record), saved.get("model", saved))  # FST's are bare
@@ -208,12 +222,13 @@ def judged(record: Record, weights: Mapping[str, torch.Tensor]) -> dict[str, Any
     return vars(judge(model, test, record.poisoned_test(spec).to(device)))
 
 
-def _by_table(made: Path, method: str) -> dict[str, float]:
-    """The last row of the release's own table."""
-    tables = sorted(made.glob(f"{method}_df*.csv"))
+def _by_table(made: Path, release: Release) -> dict[str, float]:
+    """The last of the rows asked for in the release's own table."""
+    tables = sorted(made.glob(release.table))
     if not tables:
-        raise UserError(f"the release's {method} left no table in {made}")
-    last = pd.read_csv(tables[0]).iloc[-1]
+        raise UserError(f"the release left no {release.table} in {made}")
+    rows = pd.read_csv(tables[0])
+    last = (rows.query(release.rows) if release.rows else rows).iloc[-1]
     return {k: float(last[f"test_{k}"]) for k in FIGURES}
 
 
@@ -223,6 +238,7 @@ def _run(scratch: Path, script: Path, *flags: str, release: Release | None = Non
     if release:
         launcher, folder = "launch_theirs.py", release.folder
         environment |= {"TEST_BATCHES": str(release.batches), "NETS": f"models.preact_resnet {release.net}"}
+        environment |= {"INSTEAD": release.instead}
     where = ("--dataset", "cifar10", "--device", "cuda" if torch.cuda.is_available() else "cpu")
     done = subprocess.run(
         [sys.executable, str(scratch / launcher), str(script), *flags, *where],
