@@ -27,7 +27,7 @@ from ulrl.options import Schema
 from ulrl.training import TrainOptions
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = ("*.md", "LICENSE", "bench/README.md", "bench/results/*", "examples/*.py")
+OUTSIDE = ("*.md", "LICENSE", "bench/*.md", "bench/results/*", "examples/*.py")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 
 
