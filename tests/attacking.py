@@ -54,7 +54,7 @@ def lab(data: ImageSet, cache: Path, key: str = "") -> Lab:
         return build_model("preactresnet18", 10, data.spec.channels, 4, stream=stream)
 
     training = TrainOptions(epochs=1, batch_size=32)
-    return Lab(data, torch.arange(len(data)), training, Monitor(), new_model, None, cache, key)
+    return Lab(data, torch.arange(len(data)), training, Monitor(), new_model, None, cache, lambda: key)
 
 
 def learned(attack: Attack, data: ImageSet, cache: Path) -> Attack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,10 @@ def test_unfinished_run_hands_down_what_it_learned(tmp_path: Path, monkeypatch: 
     assert searched == [1], "a record that is replaced hands it down too"
     make(quick("trojannn", trojan_eps=0.2), tmp_path, monkeypatch, overwrite=True)
     assert searched == [1, 1]
+    darker = [replace(part, images=part.images // 2) for part in load_dataset("digits")]
+    monkeypatch.setattr("ulrl.runs.attacking.load_dataset", lambda *_: darker)
+    make(quick("trojannn", trojan_eps=0.2), tmp_path, monkeypatch, overwrite=True)
+    assert searched == [1, 1, 1], "not from pictures that have changed since"
 
 
 def test_a_patch_that_adds_nothing_is_told(

@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 
 from ulrl.attacks.base import ATTACKS
+from ulrl.attacks.control import BatchPoisoning
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
@@ -228,6 +229,30 @@ def test_frequency_pattern_of_colour_images_lies_in_the_chroma(name: str, to_chr
         assert torch.allclose(plane, gray.flatten(), atol=0.02 * gray.abs().max().item())
 
 
+def test_frequencies_cover_an_image_that_is_not_square() -> None:
+    pattern = ATTACKS["ctrl"](pos_list=(0, 31)).pattern(1, 32, 60)[0].numpy()  # type: ignore[call-arg, attr-defined]
+    size = np.sqrt(32 * 60) / 32 * 100
+    expected = np.zeros((32, 60))
+    expected[0, 0] = expected[31, 58] = size  # 31 of 32 is 58.1 of 60
+    assert np.allclose(dctn(pattern, norm="ortho"), expected)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("wanet", 2), ("inputaware", 1), ("bpp", 10)])
+def test_cross_samples_are_counted_by_the_poisoned_ones(name: str, ratio: int) -> None:
+    """However their number was given; BppAttack's are a tenth of all."""
+    labels = torch.arange(1000) % 10
+    for given in ({"p_num": 10}, {"pratio": 0.01}):
+        attack = ATTACKS[name](**given)
+        assert len(attack.covers(labels, attack.choose(labels))) == 10 * ratio
+    work = lab(sized(1, 8), Path())
+    stream = torch.Generator().manual_seed(0)
+    if isinstance(attack, BatchPoisoning):
+        images, new = attack.mix(work.data.images[:80], work.data.labels[:80], 10, 1 / 16, stream)
+        touched = (images != work.data.images[:80]).flatten(1).any(1).sum()
+        assert touched == 5 + {"wanet": 10, "bpp": 8}[name]
+        assert (new[5:] == work.data.labels[5:80]).all()
+
+
 def test_wanet_warps_by_its_field_and_noise_mode_differs() -> None:
     data = sized(1, 32)
     attack = ATTACKS["wanet"]()
@@ -305,6 +330,35 @@ def test_a_generator_learns_from_one_gradient_a_step(
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     assert first(1e-9) < 1.3 * first(0.0)  # Input-aware draws other images in its second pass
+
+
+def test_input_aware_poisons_single_images_of_any_size(tmp_path: Path) -> None:
+    """A batch with one cross sample and none to poison: its mask network ends at one pixel of one image."""
+    attack = quick("inputaware", pratio=0.02, cross_ratio=2.0)
+    assert learned(attack, sized(1, 8), tmp_path).learned
+
+
+def test_a_stage_of_its_own_length_has_a_schedule_of_that_length(tmp_path: Path) -> None:
+    rates: list[float] = []
+    work = lab(sized(1, 8), tmp_path)
+    model = work.new_model("")
+    optimizer = work.training.optimizer(model)
+    rate = optimizer.param_groups[0]
+    work.fit(model, "longer", epochs=4, optimizer=optimizer, after_step=lambda: rates.append(rate["lr"]))
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == 4
+    assert 0 < rates[-1] < rates[0] / 4
+
+
+def test_trojan_patch_stays_near_its_picture(tmp_path: Path) -> None:
+    data, picture = sized(3, 16), torch.zeros(16, 16, 3, dtype=torch.uint8)
+    picture[2:6, 2:6] = torch.tensor([200, 100, 30], dtype=torch.uint8)
+    Image.fromarray(picture.numpy()).save(tmp_path / "mask.png")
+    given = {"mask_path": str(tmp_path / "mask.png"), "mask_update_iters": 40, "trojan_eps": 0.2}
+    patch = learned(quick("trojannn", **given), data, tmp_path).learned["pattern"].permute(1, 2, 0)
+    away = (patch - picture).abs()
+    assert 10 < away.max() <= 51.01
+    assert not patch[picture.sum(2) == 0].any()
 
 
 def test_blind_sets_in_when_the_loss_is_low(tmp_path: Path) -> None:

@@ -58,12 +58,14 @@ def runs(*rows: tuple[str, str, float]) -> pd.DataFrame:
 def test_re_activation_is_told_beside_clean_nets_that_were_attacked_too() -> None:
     frame = runs(("a", "x", 0.1), ("a", "y", 0.2), ("b", "x", 0.3)).assign(attack=["badnet", "wanet", "badnet"])
     assert _reactivations(frame) == ["No re-activation has been measured."]
-    for attack, of_a, clean in (("before", 0.1, 0.1), ("retuned", 0.4, 0.1), ("query", 0.2, 0.1), ("universal", 0.9, 0.8)):
+    figures = {"before": (0.1, 0.1), "retuned": (0.4, 0.1), "query": (0.2, 0.1), "universal": (0.9, 0.8)}
+    for attack, (of_a, clean) in figures.items():
         frame[f"again_{attack}"] = [of_a, of_a / 2, math.nan]
         frame[f"clean_again_{attack}"] = [clean, math.nan, clean]
-    clean_nets, of_a = _reactivations(frame)[-2:]  # b has none, and y's clean nets were not attacked
+    clean_nets, line = _reactivations(frame)[-2:]  # b has none, and y's clean nets were not attacked
     assert clean_nets == "| (clean nets) | 10.0 (1) | 10.0 (1) | 10.0 (1) | 80.0 (1) | |"
-    assert of_a.startswith("| a | 7.5 ±") and of_a.endswith(" (2) | 30.0 (retuned, badnet) |")
+    assert line.startswith("| a | 7.5 ±")
+    assert line.endswith(" (2) | 30.0 (retuned, badnet) |")
 
 
 def test_ranks_are_over_the_records_that_all_share() -> None:

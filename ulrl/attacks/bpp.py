@@ -27,7 +27,7 @@ class Bpp(BatchPoisoning):
     dithering: bool = option(False, "spread each pixel's error over its neighbours", source="BackdoorBench")
     neg_ratio: float = option(0.1, "negative samples, as a share of all", source="BackdoorBench", low=0, high=1)
 
-    def cross_share(self) -> float:
+    def cross_share(self, share: float) -> float:
         return self.neg_ratio
 
     def poison(self, images: torch.Tensor, *, train: bool) -> torch.Tensor:

@@ -26,8 +26,8 @@ class BatchPoisoning(Attack):
 
     controls_training: ClassVar[bool] = True
 
-    def cross_share(self) -> float:
-        """Cross samples, as a share of all."""
+    def cross_share(self, share: float) -> float:
+        """Cross samples as a share of all, where the poisoned ones are `share` of them."""
         raise NotImplementedError
 
     def cross(self, images: torch.Tensor, others: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
@@ -38,7 +38,7 @@ class BatchPoisoning(Attack):
         self, images: torch.Tensor, labels: torch.Tensor, num_classes: int, share: float, stream: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch with its first images poisoned and the next ones crossed; batches come shuffled."""
-        bad, crossed = parts(len(images), share, self.cross_share(), stream)
+        bad, crossed = parts(len(images), share, self.cross_share(share), stream)
         images, labels = images.clone(), labels.clone()
         others = images[torch.randint(len(images), (crossed,), generator=stream, device=images.device)]
         images[bad : bad + crossed] = self.cross(images[bad : bad + crossed], others, stream)
@@ -53,7 +53,7 @@ class BatchPoisoning(Attack):
         return self
 
     def covers(self, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return cross_positions(self, labels, chosen, self.cross_share())
+        return cross_positions(self, labels, chosen, self.cross_share(len(chosen) / len(labels)))
 
     def cover(self, images: torch.Tensor) -> torch.Tensor:
         stream = generator(self.random_seed, "cross", images.device)

@@ -40,4 +40,4 @@ class CTRL(CleanLabel, Additive):
 
     def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
         positions = [(p, p) for p in self.pos_list]
-        return coloured(cosine_pattern(height, width, max(height, width), positions, self.magnitude), channels, UV)
+        return coloured(cosine_pattern(height, width, (height, width), positions, self.magnitude), channels, UV)

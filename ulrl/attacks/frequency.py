@@ -13,7 +13,7 @@ CHROMA = ((0.0, -0.344136, 1.772), (1.402, -0.714136, 0.0))
 
 
 def cosine_pattern(
-    height: int, width: int, block: int, positions: Sequence[tuple[int, int]], magnitude: float
+    height: int, width: int, block: tuple[int, int], positions: Sequence[tuple[int, int]], magnitude: float
 ) -> torch.Tensor:
     """What adding `magnitude` to the coefficients at `positions` of every block's orthonormal DCT adds to its pixels.
 
@@ -21,20 +21,20 @@ def cosine_pattern(
     Positions (row, column) and magnitude are for 32x32 blocks. In others they grow and shrink with the
     block, so that the waves look the same and so does their amplitude, 2 magnitude / 32 each.
 
-    float64 [height, width]; what whole blocks do not cover is zero.
+    block: its height and width, at most the image's. float64 [height, width]; what whole blocks do not cover is zero.
     """
-    size = min(block, height, width)
-    n = torch.arange(size, dtype=torch.float64)
+    tall, wide = block
 
-    def basis(position: int) -> torch.Tensor:
+    def basis(position: int, size: int) -> torch.Tensor:
         k = min(round(position * size / REFERENCE), size - 1)
+        n = torch.arange(size, dtype=torch.float64)
         return torch.cos(math.pi * (n + 0.5) * k / size) * math.sqrt((2 if k else 1) / size)
 
-    waves = [basis(row)[:, None] * basis(column) for row, column in positions]
-    tile = torch.stack(waves).sum(0) * (magnitude * size / REFERENCE)
+    waves = [basis(row, tall)[:, None] * basis(column, wide) for row, column in positions]
+    tile = torch.stack(waves).sum(0) * (magnitude * math.sqrt(tall * wide) / REFERENCE)
     plane = torch.zeros(height, width, dtype=torch.float64)
-    down, across = height // size, width // size
-    plane[: down * size, : across * size] = tile.repeat(down, across)
+    down, across = height // tall, width // wide
+    plane[: down * tall, : across * wide] = tile.repeat(down, across)
     return plane
 
 

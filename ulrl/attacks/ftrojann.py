@@ -39,5 +39,6 @@ class FTrojan(Additive):
 
     def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
         positions = list(zip(self.pos_list[::2], self.pos_list[1::2], strict=True))
-        plane = cosine_pattern(height, width, self.window_size, positions, self.magnitude)
+        side = min(self.window_size, height, width)
+        plane = cosine_pattern(height, width, (side, side), positions, self.magnitude)
         return coloured(plane, channels, CHROMA)

@@ -14,7 +14,7 @@ from ulrl.untrusted.images import opened_image
 
 
 def read_image(
-    path: str, flag: str, channels: int, height: int, width: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+    path: str, flag: str, channels: int, height: int, width: int, resample: Image.Resampling = Image.Resampling.BILINEAR
 ) -> torch.Tensor:
     """The image at `path`, resized: uint8 [channels, height, width].
 

@@ -80,8 +80,9 @@ class InputAware(Attack):
             optimizer.zero_grad()  # SAM asks twice for each step, and the second answer counts
             bad, crossed = parts(len(x), share, share * self.cross_ratio, stream)
             images = centred(pixels(x, spec))
-            # Patterns and masks of the images to poison, then of as many others as these and the cross samples.
-            others = torch.randint(len(x), (bad + crossed,), generator=stream, device=device)
+            # Patterns and masks of the images to poison, then of as many others as these and the cross samples. Two at
+            # least, for one image of 8x8 ends as one pixel, and BatchNorm takes no statistics of one value.
+            others = torch.randint(len(x), (max(bad + crossed, 2 - bad),), generator=stream, device=device)
             shown = torch.cat([images[:bad], images[others]])
             pattern, mask = torch.tanh(painter(shown)), _mask(mask_net(shown))
             own = torch.arange(bad, device=device)
@@ -112,7 +113,7 @@ class InputAware(Attack):
         return self._stamped(images, images)
 
     def covers(self, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return cross_positions(self, labels, chosen, self.pratio * self.cross_ratio)
+        return cross_positions(self, labels, chosen, self.cross_ratio * len(chosen) / len(labels))
 
     def cover(self, images: torch.Tensor) -> torch.Tensor:
         stream = generator(self.random_seed, "cross", images.device)

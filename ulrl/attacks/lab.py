@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Lab:
     origin: int64 [N], where its images stand in the whole training split.
     new_model: an untrained network of the run's architecture on the device, initialised from a stream.
     given_clean_model: the one that the user named, if any.
-    cache: a folder that outlives a killed run. key: what the cached tensors depend on.
+    cache: a folder that outlives a killed run. key: gives what the cached tensors depend on.
     """
 
     data: ImageSet
@@ -43,17 +43,17 @@ class Lab:
     new_model: Callable[[str], nn.Module]
     given_clean_model: nn.Module | None
     cache: Path
-    key: str
+    key: Callable[[], str]
 
     def fit(self, model: nn.Module, stage: str = "train", *, batches: Batches | None = None, **how: Any) -> None:
         """Train `model` by the run's options: on `data` for their epochs, unless told otherwise.
 
         how: further arguments of `training.fit`.
         """
-        options = self.training
+        options = replace(self.training, epochs=how.pop("epochs", self.training.epochs))  # where its schedule ends, too
         optimizer = how.pop("optimizer", None) or options.optimizer(model)
         fit(
-            model, batches or self.batches(stage), how.pop("epochs", options.epochs), optimizer,
+            model, batches or self.batches(stage), options.epochs, optimizer,
             how.pop("scheduler", None) or options.scheduler(optimizer), self.monitor, stage,
             amp=options.amp, sam=Sam(options.sam_rho) if options.sam_rho else None, **how,
         )  # fmt: skip
@@ -69,13 +69,13 @@ class Lab:
         file = self.cache / f"{stage}.pt"
         with contextlib.suppress(Exception):  # absent, or damaged: then it is computed
             held = load_torch(file)
-            if held["key"] == self.key:
+            if held["key"] == self.key():
                 log.info("%s: taken from an earlier run", stage)
                 return {name: tensor.to(self.data.device) for name, tensor in held["tensors"].items()}
         tensors = {name: tensor.detach().cpu() for name, tensor in compute().items()}
         self.cache.mkdir(exist_ok=True)
         with whole_file(file) as partial:
-            save_torch({"key": self.key, "tensors": tensors}, partial)
+            save_torch({"key": self.key(), "tensors": tensors}, partial)
         return {name: tensor.to(self.data.device) for name, tensor in tensors.items()}
 
     def clean_model(self) -> nn.Module:

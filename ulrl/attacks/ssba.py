@@ -19,6 +19,7 @@ from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.errors import UserError
 from ulrl.machine import eval_batch
 from ulrl.options import option
+from ulrl.seeds import generator
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class SSBA(Attack):
 
         optimizer = torch.optim.Adam(both.parameters(), 1e-3)
         constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        few = replace(lab, data=lab.data.subset(torch.arange(min(self.ssba_samples, len(lab.data)))))
+        order = torch.randperm(len(lab.data), generator=generator(self.random_seed, "encoder images"))
+        few = replace(lab, data=lab.data.subset(order[: self.ssba_samples]))
         steps, first_epoch = itertools.count(), len(few.batches())
         few.fit(both, "encoder", epochs=self.ssba_epochs, optimizer=optimizer, scheduler=constant, objective=objective)
         read = lab.monitor.history[-1]["acc"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from PIL import Image
 
 from ulrl.attacks.additive import Additive
 from ulrl.attacks.base import register
@@ -22,15 +21,19 @@ from ulrl.options import option
 
 log = logging.getLogger(__name__)
 
+GRAY = 128
+REACHED = 1e-3  # squared distance of the neurons from their target (BackdoorBench's)
+
 
 @register("trojannn")
 @dataclass(frozen=True)
 class TrojanNN(Additive):
     """A patch is added to the image, clipped at black and white (BackdoorBench's pixels wrap around).
 
-    The neurons are the inputs of the classifier head with the largest sum of absolute weights; the patch
-    is moved by signed gradients inside the mask until they reach their target. The mask is a square in
-    the bottom right corner, or the user's picture where it is not black.
+    The neurons are the inputs of the classifier head with the largest sum of absolute weights. The patch starts as the
+    user's picture, where that is not black, or as a gray square in the bottom right corner, and is moved by signed
+    gradients until the neurons reach their target, at most `trojan_eps` from where it was. Gray stands in for
+    BackdoorBench's apple, which cannot be shipped: a patch can move both ways from it.
     """
 
     needs_clean_model: ClassVar[bool] = True
@@ -41,25 +44,26 @@ class TrojanNN(Additive):
     num_neuron: int = option(2, "neurons to excite", source="BackdoorBench", low=1)
     neuron_target_values: float = option(100.0, "activation they are driven to", source="BackdoorBench")
     mask_update_iters: int = option(1000, "steps of the inversion at most", source="BackdoorBench", low=1)
-    mask_path: str | None = option(None, "picture that is not black where the patch may be")
+    mask_path: str | None = option(None, "picture that the patch starts from, black where there is none")
     trojan_eps: float = option(
-        0.3, "largest value of the patch, as a share of 255", source="BackdoorBench", low=0, high=1
+        0.3, "how far the patch may move from its picture, as a share of 255", source="BackdoorBench", low=0, high=1
     )
     trojan_alpha: float = option(0.1, "step of the inversion, as a share of 255", source="BackdoorBench", low=0, high=1)
 
     def check(self, spec: DatasetSpec) -> None:
         super().check(spec)
-        if not self._mask(spec.channels, spec.height, spec.width).any():
+        if not self._picture(spec).any():
             raise UserError(f"--mask_path {self.mask_path} is all black, so there is no place for a patch")
 
-    def _mask(self, channels: int, height: int, width: int) -> torch.Tensor:
-        """bool [channels, height, width]"""
+    def _picture(self, spec: DatasetSpec) -> torch.Tensor:
+        """Where the patch starts: uint8 [channels, height, width], 0 where there is none."""
+        channels, height, width = spec.channels, spec.height, spec.width
         if self.mask_path:
-            return read_image(self.mask_path, "--mask_path", channels, height, width, Image.Resampling.NEAREST) > 0
+            return read_image(self.mask_path, "--mask_path", channels, height, width)
         side = max(3, min(height, width) // 4)
-        mask = torch.zeros(channels, height, width, dtype=torch.bool)
-        mask[:, height - side - 1 : height - 1, width - side - 1 : width - 1] = True
-        return mask
+        picture = torch.zeros(channels, height, width, dtype=torch.uint8)
+        picture[:, height - side - 1 : height - 1, width - side - 1 : width - 1] = GRAY
+        return picture
 
     def learn(self, lab: Lab) -> TrojanNN:
         made = self.with_learned(**lab.once("patch", lambda: {"pattern": self._invert(lab)}))
@@ -78,8 +82,8 @@ class TrojanNN(Additive):
         neurons = head.weight.abs().sum(0).topk(self.num_neuron).indices
         seen: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        mask = self._mask(spec.channels, spec.height, spec.width).to(device)
-        patch = torch.zeros(1, spec.channels, spec.height, spec.width, device=device)
+        start = self._picture(spec)[None].to(device, torch.float32)
+        patch, bound = start.clone(), 255 * self.trojan_eps
         with lab.monitor.stage("patch", self.mask_update_iters) as progress:
             for _ in range(self.mask_update_iters):
                 patch.requires_grad_(True)
@@ -87,9 +91,11 @@ class TrojanNN(Additive):
                     model(normalise(patch, spec))
                 loss = (seen.pop()[0, neurons].float() - self.neuron_target_values).square().sum()
                 (gradient,) = torch.autograd.grad(loss, patch)
-                moved = patch.detach() - 255 * self.trojan_alpha * gradient.sign() * mask
-                patch = moved.clamp(0, 255 * self.trojan_eps)
+                moved = patch.detach() - 255 * self.trojan_alpha * gradient.sign() * (start > 0)
+                patch = (start + (moved - start).clamp(-bound, bound)).clamp(0, 255)
                 progress.step()
+                if loss.item() < REACHED:
+                    break
         hook.remove()
         return patch[0]
 

@@ -31,8 +31,8 @@ class WaNet(BatchPoisoning):
     k: int = option(4, "vectors along each side of the field", source="paper", low=2)
     cross_ratio: float = option(2.0, "noise-mode samples for each poisoned one", source="paper", low=0)
 
-    def cross_share(self) -> float:
-        return self.pratio * self.cross_ratio
+    def cross_share(self, share: float) -> float:
+        return share * self.cross_ratio
 
     def field(self, height: int, width: int) -> torch.Tensor:
         """Where each pixel is taken from, (x, y) in [-1, 1]: float32 [1, height, width, 2]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import tempfile
@@ -245,13 +246,15 @@ def _lab(
         )
         return model.to(train.device)
 
-    # All that what it learns may depend on; a given clean model by a checksum.
-    subject = (
-        run.dataset, run.dataset_path, run.img_size, run.train_samples, run.model, run.width, run.pretrained,
-        run.random_seed,
-    )  # fmt: skip
-    checksum = [w.double().sum().item() for w in clean_model.state_dict().values()] if clean_model else None
-    key = hashlib.sha256(repr((attack.name, options_of(attack, training), subject, checksum)).encode()).hexdigest()
+    @functools.cache
+    def key() -> str:
+        """All that what it learns may depend on; of the images and of a given clean model, the contents."""
+        subject = (run.dataset, run.model, run.width, run.pretrained, run.random_seed)
+        digest = hashlib.sha256(repr((attack.name, options_of(attack, training), subject)).encode())
+        for tensor in (train.images, train.labels, *(clean_model.state_dict().values() if clean_model else ())):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
     return Lab(train, origin, training, monitor, new_model, clean_model, cache, key)
 
 
