@@ -20,6 +20,7 @@ from ulrl.data.datasets import SPECS, clean_subset, load_dataset
 from ulrl.data.imageset import ImageSet
 from ulrl.detectors.base import DETECTORS, Detector, Scored
 from ulrl.metrics import ranking_judgement
+from ulrl.models import build_model
 from ulrl.options import Schema
 from ulrl.record import Record, load_record
 from ulrl.runs.attacking import run_attack
@@ -170,6 +171,29 @@ def test_a_mistake_is_one_line(
     assert left.value.code == 2
     assert words in said[-1]
     assert not (tiny_home / "record" / "tiny" / "detection").exists()
+
+
+def test_clustering_leaves_a_class_of_equal_images_whole() -> None:
+    train, _ = load_dataset("digits")
+    twos = (train.labels == 2).nonzero().flatten()
+    same = train.subset(torch.cat([twos[:1].expand(6), (train.labels == 3).nonzero().flatten()[:30]]))
+    detector, _ = configured("ac")
+    found = detector.score(build_model("preactresnet18", 10, 1, 4), same, train.subset(torch.arange(20)), Monitor())
+    assert not found.scores[:6].any()
+    assert found.scores[6:].any()
+    assert found.evidence["smaller_shares"]["2"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["ac", "cd", "spectral", "strip"])
+def test_keys_of_backdoorbench_are_accepted(name: str) -> None:
+    """Those of its config/detection/<name>/*.yaml, most of a training that its detectors do not do."""
+    keys = set(
+        "device amp pin_memory non_blocking prefetch checkpoint_load checkpoint_save log dataset_path dataset epochs "
+        "batch_size num_workers lr lr_scheduler model client_optimizer sgd_momentum wd frequency_save random_seed "
+        "unlearning_epochs lr_unlearning_init momentum weight_decay gradient_ascent_type gamma flooding".split()
+    )
+    schema = Schema(DetectionRun, DETECTORS[name])
+    assert keys <= set(schema.fields) | schema.ignored
 
 
 def test_a_record_without_a_training_set_is_told(records: dict[str, Record], tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_the_table_flags_what_the_repair_flags_whichever_diagnosis_named_it(
     assert (neurons.z[neurons.flagged] < ULRL().z_threshold).any()
 
 
+def test_each_batch_of_the_last_statistics_is_whole(
+    clean: ImageSet, original: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They weigh the same in BatchNorm's mean, so two images left over would weigh as much as a batch."""
+    sizes: list[int] = []
+    monkeypatch.setattr("ulrl.defenses.harden.update_bn", lambda batches, _: sizes.extend(len(x) for x, _ in batches))
+    model = copy.deepcopy(original).requires_grad_(True)
+    Harden(amp=False, batch_size=62, epochs=1, restore_epochs=1).run(model, clean, Monitor())
+    assert sizes == [62] * 6  # three passes a stage
+
+
 class _Even(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(len(x), 10)

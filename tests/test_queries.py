@@ -133,6 +133,9 @@ def test_same_seed_same_scan_and_a_service_behind_http(
         ({"querries": 100}, "did you mean 'queries'"),
         ({"ask": lambda x: torch.zeros(len(x), 4)}, "answered by torch.float32 of shape"),
         ({"ask": lambda x: torch.zeros(len(x))}, "must be whole labels"),
+        ({"ask": lambda x: torch.arange(len(x)) % 10 + 1}, "labels must be 0 to 9, for 10 classes"),
+        ({"ask": lambda x: torch.full((len(x),), -1)}, "labels must be 0 to 9"),
+        ({"ask": lambda x: ["cat"] * len(x)}, "the answers are no numbers"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -123,6 +123,39 @@ def test_noise_raises_the_loss_within_its_bound() -> None:
     assert F.cross_entropy(model(x), clean.labels).item() == pytest.approx(plain)
 
 
+class Spare(nn.Module):
+    """With a normalisation layer that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.spare, self.head = nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).flatten(1))
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("anp", {"nb_iter": 2}), ("ban", {"epochs": 1}), ("bnp", {}), ("clp", {}), ("nft", {}),
+    ("rnp", {"unlearning_epochs": 1, "recovering_epochs": 1}),
+])  # fmt: skip
+def test_a_layer_that_takes_no_part_stays(name: str, options: dict[str, int]) -> None:
+    model = Spare()
+    repaired = DEFENSES[name](amp=False, **options).run(model, samples(), Monitor()).model
+    assert all(w.isfinite().all() for w in repaired.state_dict().values())
+    assert torch.equal(repaired.get_parameter("spare.weight"), torch.ones(8))
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("npd", {"epochs": 1}),
+    ("tsbd", {"unlearning_epochs": 1, "epochs": 1, "val_ratio": 0.32}),
+])  # fmt: skip
+def test_an_image_left_over_is_left_out_where_statistics_are_taken(name: str, options: dict[str, float]) -> None:
+    """25 images in batches of 8, or 17 of them for TSBD; on 8x8 the last BatchNorm sees one pixel of each."""
+    model = DEFENSES[name](batch_size=8, amp=False, **options).run(net(), samples(25), Monitor()).model
+    assert all(w.isfinite().all() for w in model.state_dict().values())
+
+
 def test_ban_trains_the_weights_and_leaves_a_plain_model() -> None:
     before, model = net(), net()
     repair("ban", model, epochs=2)

@@ -11,6 +11,7 @@ from torch import nn
 from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import DEFENSES
+from ulrl.defenses.mask_pruning import MaskPruning
 from ulrl.defenses.masks import clamp, masked, norm_layers, silence
 from ulrl.defenses.selection import split, sweep, within
 from ulrl.defenses.tsbd import TSBD, _floor
@@ -113,6 +114,14 @@ def test_masks_train_alone_and_leave_no_trace(digits: ImageSet) -> None:
     assert all(torch.equal(w, before[k]) for k, w in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
     assert type(first) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(("step", "tried"), [(0.25, [0, 0.25, 0.5, 0.75]), (0.6, [0, 0.6]), (0.3, [0, 0.3, 0.6, 0.9])])
+def test_no_threshold_is_tried_above_the_greatest(step: float, tried: list[float], digits: ImageSet) -> None:
+    net = build_model("preactresnet18", 10, 1, 4, seed=0)
+    values = {path: torch.ones_like(layer.weight) for path, layer in norm_layers(net).items()}
+    pruning = MaskPruning(pruning_max=0.9, pruning_step=step)
+    assert pruning.prune(net, values, digits, Monitor(), {}).tables["pruning"].index.tolist() == pytest.approx(tried)
 
 
 def test_silence_takes_the_scale_and_leaves_the_shift() -> None:

@@ -44,8 +44,16 @@ class Asked:
 
     def _answers(self, images: torch.Tensor) -> torch.Tensor:
         self.count += len(images)
-        answers = torch.as_tensor(self._ask(images), device=images.device)
+        try:
+            answers = torch.as_tensor(self._ask(images), device=images.device)
+        except (TypeError, ValueError) as error:  # names of classes, say
+            raise UserError(f"the answers are no numbers: {error}") from None
         if answers.shape == (len(images),) and not answers.is_floating_point():
+            if not 0 <= answers.min() <= answers.max() < self._num_classes:
+                raise UserError(
+                    f"a label lies between {answers.min()} and {answers.max()}; labels must be 0 to "
+                    f"{self._num_classes - 1}, for {self._num_classes} classes"
+                )
             return F.one_hot(answers.long(), self._num_classes).float() - 1
         if answers.shape != (len(images), self._num_classes) or not answers.isfinite().all():
             raise UserError(

@@ -77,9 +77,9 @@ class Defense:
         """
         raise NotImplementedError
 
-    def batches(self, clean: ImageSet, stream: str, *, augmented: bool = True) -> Batches:
-        """Shuffled and, unless told otherwise, augmented batches of the clean samples, drawn from the named stream."""
-        return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device), augmented=augmented)
+    def batches(self, clean: ImageSet, stream: str, **how: Any) -> Batches:
+        """Shuffled, augmented batches of the clean samples, from the named stream; how: arguments of `Batches`."""
+        return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device), **how)
 
 
 DEFENSES: Registry[Defense] = Registry("defense", "ulrl.defenses")

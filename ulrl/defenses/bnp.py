@@ -36,9 +36,8 @@ class BNP(OutlierPruning):
         norms = _norms(model)
         moments = _clean_moments(model, norms, clean, monitor)
         scores = []
-        for name, norm in norms.items():
-            mean, variance = moments[name]
-            scores.append(Scores(name, divergence(norm, mean, variance), [f"{name}.weight", f"{name}.bias"]))
+        for name, (mean, variance) in moments.items():
+            scores.append(Scores(name, divergence(norms[name], mean, variance), [f"{name}.weight", f"{name}.bias"]))
         return self.prune(model, scores, monitor)
 
 
@@ -69,7 +68,7 @@ def divergence(norm: nn.modules.batchnorm._BatchNorm, mean: torch.Tensor, varian
 def _clean_moments(
     model: nn.Module, norms: dict[str, nn.modules.batchnorm._BatchNorm], clean: ImageSet, monitor: Monitor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Mean and variance of each BatchNorm's inputs over the clean samples: float64 [C] each."""
+    """Mean and variance of each BatchNorm's inputs over the clean samples, where it takes part: float64 [C] each."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in norms}
 
     def before(name: str, x: torch.Tensor) -> None:
@@ -86,6 +85,8 @@ def _clean_moments(
             progress.step()
     result = {}
     for name, parts in seen.items():
+        if not parts:
+            continue
         count, first, second = torch.stack(parts).sum(0)
         result[name] = (first / count, second / count - (first / count).square())
     return result

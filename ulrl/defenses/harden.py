@@ -106,7 +106,7 @@ class Harden(FineTuning):
             model, clean, monitor, stage, epochs=epochs, lr=lr, objective=objective, clip=self.clip or None,
             after_step=corruptions.learning.step,
         )  # fmt: skip
-        statistics = self.batches(clean, f"{stage} statistics")
+        statistics = self.batches(clean, f"{stage} statistics", drop_last=True)  # each batch weighs the same in them
         update_bn((batch for _ in range(3) for batch in statistics), model)
 
     def _hardening(

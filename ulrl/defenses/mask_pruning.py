@@ -23,7 +23,9 @@ class MaskPruning(Selecting):
 
     pruning_max: float = option(0.9, "greatest threshold tried", source="BackdoorBench", low=0, high=1)
     pruning_step: float = option(0.05, "step between thresholds", source="BackdoorBench", low=0.001, high=1)
-    pruning_number: float | None = option(None, "prune at this threshold, chosen by nothing", low=0, high=1)
+    pruning_number: float | None = option(
+        None, "prune at this threshold, chosen by nothing; 0: not even masks of 0", low=0, high=1
+    )
 
     def prune(
         self,
@@ -37,7 +39,7 @@ class MaskPruning(Selecting):
 
         values: the mask of each normalisation layer, by its dotted name.
         """
-        steps = round(self.pruning_max / self.pruning_step)
+        steps = int(self.pruning_max / self.pruning_step + 1e-9)
         grid = {round(i * self.pruning_step, 6) for i in range(steps + 1)}
         thresholds = sorted(grid | {0.0 if self.pruning_number is None else self.pruning_number})
 

@@ -94,12 +94,15 @@ def masked(
 def worst_noise(
     noises: list[torch.Tensor], loss: Callable[[], torch.Tensor], bound: float, steps: int, stream: torch.Generator
 ) -> None:
-    """Fill `noises`, in place, with the worst within `bound`: from a random start, `steps` signed steps up `loss`."""
+    """Fill `noises`, in place, with the worst within `bound`: from a random start, `steps` signed steps up `loss`.
+
+    That of a layer which takes no part stays as it was drawn.
+    """
     with torch.no_grad():
         for noise in noises:
             noise.uniform_(-bound, bound, generator=stream)
     for _ in range(steps):
-        gradients = torch.autograd.grad(loss(), noises)
+        gradients = torch.autograd.grad(loss(), noises, materialize_grads=True)
         with torch.no_grad():
             torch._foreach_add_(noises, torch._foreach_sign(gradients), alpha=bound / steps)
             torch._foreach_clamp_min_(noises, -bound)

@@ -71,7 +71,7 @@ class NPD(Defense):
             _find(model, next(iter(Batches(clean, 2)))[0], self.target_layer_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        still_batches = Batches(clean, self.batch_size)
+        still_batches = Batches(clean, self.batch_size, drop_last=True)
         x = next(iter(still_batches))[0]
         scale = pixel(clean)
         with still(model):

@@ -83,7 +83,7 @@ class TSBD(Selecting, Unlearning):
 
         swept = sweep(
             model, ratios, edit, validation, self.acc_ratio, monitor, amp=self.amp, fixed=self.neuron_ratio,
-            prepare=lambda edited: update_bn(Batches(train, self.batch_size), edited),
+            prepare=lambda edited: update_bn(Batches(train, self.batch_size, drop_last=True), edited),
             finish=lambda candidate: self._finetune(candidate, train, Monitor()),
         )  # fmt: skip
         self._finetune(model, train, monitor)

@@ -26,7 +26,7 @@ class ActivationClustering(Detector):
     the silhouette of the split, by which the paper tells the classes that do fall in two from those that do not.
     """
 
-    ignored: ClassVar[tuple[str, ...]] = ("nb_clusters", "cluster_analysis")  # always 2, and the smaller one
+    ignored: ClassVar[tuple[str, ...]] = (*Detector.ignored, "nb_clusters", "cluster_analysis")  # 2, the smaller
 
     nb_dims: int = option(10, "dimensions that ICA leaves", source="paper", low=1)
 
@@ -50,6 +50,8 @@ class ActivationClustering(Detector):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.metrics import silhouette_score
 
+        if (features == features[0]).all():  # one image again and again, or a dead layer: nothing to split
+            return torch.zeros(len(features)), 0.0, 0.5
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what ICA has by then is good enough for two clusters
             reduced = FastICA(

@@ -35,6 +35,13 @@ class Detector:
     """Hyperparameters that every sample detector has. Defaults are those of the method's paper."""
 
     name: ClassVar[str]
+    # BackdoorBench's files for detectors hold those of a training that they do not do.
+    ignored: ClassVar[tuple[str, ...]] = tuple(
+        (
+            "epochs batch_size lr lr_scheduler client_optimizer sgd_momentum wd unlearning_epochs lr_unlearning_init "
+            "momentum weight_decay gradient_ascent_type gamma flooding"
+        ).split()
+    )
 
     amp: bool = option(True, "bf16 autocast where the device has it", source="ULRL release")
     random_seed: int = option(0, "seed of every stream of randomness", source="BackdoorBench", low=0, high=2**32 - 1)

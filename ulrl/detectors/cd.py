@@ -29,7 +29,7 @@ class CognitiveDistillation(Detector):
     gamma |mask|_1 + beta (its total variation, squared, per pixel). The score is the negative sum of the mask.
     """
 
-    ignored: ClassVar[tuple[str, ...]] = ("cd_p",)  # always 1
+    ignored: ClassVar[tuple[str, ...]] = (*Detector.ignored, "cd_p")  # always 1
 
     cd_num_steps: int = option(100, "steps", source="paper", low=1)
     cd_lr: float = option(0.1, "learning rate of the masks (Adam)", source="paper", low=0)

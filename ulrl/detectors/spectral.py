@@ -24,7 +24,7 @@ class Spectral(Detector):
     images from each class; here the scores are the answer, as they are.
     """
 
-    ignored: ClassVar[tuple[str, ...]] = ("percentile",)
+    ignored: ClassVar[tuple[str, ...]] = (*Detector.ignored, "percentile")
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
         find_head(model, clean.spec.num_classes)
