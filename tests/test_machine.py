@@ -86,6 +86,17 @@ print(has_bf16(cpu))
     assert said.stdout.split() == ["False"]
 
 
+def test_what_is_cast_without_a_gradient_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_bf16", lambda device: True)
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with machine.autocast(torch.device("cpu"), True):
+        assert not torch.is_autocast_cache_enabled(), "where torch's own cure is missing"
+        with torch.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_a_model_of_the_users_shares_the_machine_too(two_threads: None) -> None:
     """As runs on records do."""
     seen: list[int] = []
