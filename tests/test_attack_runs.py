@@ -15,12 +15,14 @@ from manners import refused
 from rich.console import Console
 
 from ulrl.attacks.base import ATTACKS
-from ulrl.configure import AttackRun, configure_attack
+from ulrl.configure import AttackRun, configure_attack, configure_defense
 from ulrl.data.datasets import load_dataset
 from ulrl.record import load_record
 from ulrl.report.pictures import draw
-from ulrl.report.tables import result_table
+from ulrl.report.results import Run
+from ulrl.report.tables import comparison_table, record_table, result_table
 from ulrl.runs.attacking import run_attack
+from ulrl.runs.defending import run_defense
 from ulrl.training import TrainOptions
 
 CONFIG = Path(__file__).parent.parent / "config" / "attack"
@@ -73,7 +75,10 @@ def test_record_holds_what_the_attack_did(name: str, tmp_path: Path, monkeypatch
 def test_a_backdoor_that_did_not_take_is_called_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One poisoned image plants nothing; a half of them do; without a trigger there is nothing to say."""
+    """One poisoned image plants nothing; a half of them do; without a trigger there is nothing to say.
+
+    Nor is a repair of it any evidence, and each table says so.
+    """
     for attack, expected in (
         (quick("badnet", p_num=1), False),
         (quick("badnet", pratio=0.5, patch_size=4), True),
@@ -87,9 +92,18 @@ def test_a_backdoor_that_did_not_take_is_called_that(
         assert json.loads((folder / "result.json").read_text())["took"] is result["took"] is expected
         words = f"did not take: ASR {100 * (result['after']['asr'] or 0):.1f}%, below 50%"
         assert (words in caplog.text) == (words in next(folder.glob("*.log")).read_text()) == (expected is False)
-        table = Console(file=io.StringIO(), width=80)
-        table.print(result_table(result))
-        assert ("did not take: ASR below 50%" in table.file.getvalue()) == (expected is False)  # type: ignore[attr-defined]
+        record = load_record(folder)
+        method, run = configure_defense("clp", {"ratio": 0.1, "device": "cpu"}, "digits", record.model_name, quiet=True)
+        _, repaired = run_defense(method, record, run, bar=False)
+        for shown in (
+            result_table(result),
+            result_table(repaired),
+            record_table(record, [Run(folder, result)]),
+            comparison_table(folder.name, [repaired], 0),
+        ):
+            table = Console(file=io.StringIO(), width=120)
+            table.print(shown)
+            assert ("did not take" in table.file.getvalue()) == (expected is False)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +177,8 @@ def test_clean_model_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "pattern" in result["seconds"]
     refused(lambda: make(ATTACKS["badnet"](), tmp_path, monkeypatch, clean_model="clean"), "--clean_model", "badnet")
     refused(lambda: make(quick("lf"), tmp_path, monkeypatch, clean_model="nowhere"), "nowhere")
+    make(ATTACKS["badnet"](), tmp_path, monkeypatch, save_folder_name="bad", width=4)
+    refused(lambda: make(quick("lf"), tmp_path, monkeypatch, clean_model="bad"), "--clean_model bad", "is not clean")
 
 
 def test_lira_saves_the_classifier_of_its_second_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

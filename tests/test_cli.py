@@ -69,6 +69,11 @@ def test_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
         (["lisst"], "did you mean 'list'?"),
         (["defense", "ulrrl"], "did you mean 'ulrl'?"),
         (["show", "nosuch"], "nosuch"),
+        (["compare", "x", "--random_seed", "7"], "--random_seed would have no effect"),
+        (["compare", "x", "--save_folder_name", "y"], "--save_folder_name would have no effect"),
+        (["results", "--attack", "badnet"], "unknown argument --attack"),
+        (["report", "--attack", "badnet", "--out", "x.html"], "unknown argument --attack"),
+        (["sweep", "sweep/quick", "--attack", "badnet", "--dry_run"], "unknown argument --attack"),
     ],
 )
 def test_a_mistaken_command_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ulrl.errors import UserError
-from ulrl.files import find_input, home, whole_file, whole_folder
+from ulrl.files import check_output, find_input, home, whole_file, whole_folder
 
 
 def write(folder: Path, text: str, **how: bool) -> None:
@@ -78,6 +79,21 @@ def test_input_is_looked_for_here_then_at_home(tmp_path: Path, monkeypatch: pyte
     assert find_input("both.yaml").resolve() == here / "both.yaml"
     assert find_input("./one.yaml").resolve() == there / "one.yaml"
     assert find_input(there / "one.yaml") == there / "one.yaml"
+
+
+def test_data_is_looked_for_at_home_and_not_in_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is downloaded there, too; options files come with the checkout."""
+    monkeypatch.setenv("ULRL_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert find_input("config").is_dir()
+    assert find_input("config", shipped=False) == tmp_path / "config"
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of the system, as root may write where the mode says no, but not on a file system that is read-only."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"--out x\.pt: the folder \. cannot be written to"):
+        check_output(Path("x.pt"), "--out")
 
 
 def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -35,6 +35,7 @@ CONFIG = ROOT / "config"
 
 @dataclass(frozen=True)
 class Toy:
+    ignored: ClassVar[frozenset[str]] = IGNORED
     epochs: int = option(3, "how often", low=1, high=50)
     lr: float = option(0.1, "how fast", low=0)
     amp: bool = option(True, "whether")

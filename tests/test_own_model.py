@@ -88,9 +88,10 @@ def test_augmentation_is_the_users_and_only_in_training(
 
 
 RESIDUAL_ONLY = {"ssft"}
+REPAIRS = [name for name, cls in DEFENSES.items() if cls.repairs and not cls.in_training and name not in RESIDUAL_ONLY]
 
 
-@pytest.mark.parametrize("method", [n for n in DEFENSES if not DEFENSES[n].in_training and n not in RESIDUAL_ONLY])
+@pytest.mark.parametrize("method", REPAIRS)
 def test_every_method_takes_a_users_model(
     method: str, backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
@@ -208,6 +209,8 @@ class Stubborn(Net):
         ({"labels": torch.zeros(200)}, "one whole number for each"),
         ({"method": "ulr"}, "did you mean 'ulrl'?"),
         ({"method": "abl"}, "defense/abl.py"),
+        ({"method": "detect_label"}, "only finds and repairs nothing"),
+        ({"method": "b3d"}, "only finds and repairs nothing"),
         ({"restor_lr": 0.1}, "did you mean 'restore_lr'?"),
         ({"restore_lr": -1}, "must be at least 0"),
         ({"linear_name": "head"}, "linear_name 'head'"),

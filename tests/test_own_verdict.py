@@ -69,6 +69,11 @@ def test_no_verdict_on_images_that_the_model_cannot_read(
     assert "by chance" in repr(found)
 
 
+def test_few_images_are_noticed(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with pytest.warns(ulrl.Note, match="30 images are few for a verdict"):
+        ulrl.suspect(backdoored, clean[0][:30], clean[1][:30], unlearning_epochs=1)
+
+
 def test_images_that_were_not_scaled_are_noticed(
     backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ulrl.attacks.base import ATTACKS, Attack
 from ulrl.defenses.base import DEFENSES, Defense
@@ -15,7 +15,7 @@ from ulrl.detectors.base import DETECTORS, Detector
 from ulrl.errors import UserError
 from ulrl.files import home
 from ulrl.machine import pick_device
-from ulrl.options import Schema, Settings, option
+from ulrl.options import IGNORED, Schema, Settings, option
 from ulrl.shipped import options_file, shipped_files
 from ulrl.training import TrainOptions
 
@@ -27,6 +27,8 @@ Layer = tuple[str, dict[str, Any]]  # an options file and its values
 @dataclass(frozen=True)
 class RunOptions:
     """What all runs have in common."""
+
+    ignored: ClassVar[frozenset[str]] = IGNORED
 
     dataset_path: str = option(
         "./data", "folder that holds <dataset>/; for the data set `folder`, that folder", source="BackdoorBench"

@@ -50,11 +50,12 @@ def checkout() -> Path | None:
     return PACKAGE_ROOT if beside.is_dir() and ours.is_dir() and ours.samefile(beside) else None
 
 
-def find_input(path: str | os.PathLike[str]) -> Path:
-    """A file or folder named by the user: relative to the current directory, else to `home()`, else to
-    the checkout, which has `config/`."""
+def find_input(path: str | os.PathLike[str], *, shipped: bool = True) -> Path:
+    """A file or folder named by the user: relative to the current directory, else to `home()`, else, unless what is
+    looked for is not `shipped`, to the checkout, which has `config/`."""
     given = Path(path).expanduser()
-    places = [given] if given.is_absolute() else [given, home() / given, (checkout() or home()) / given]
+    last = (checkout() if shipped else None) or home()
+    places = [given] if given.is_absolute() else [given, home() / given, last / given]
     return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
 
 
@@ -73,6 +74,8 @@ def check_output(path: Path, flag: str = "", suffixes: Sequence[str] = ()) -> No
         raise UserError(f"{named} is {kind(path.stat().st_mode)}; name a file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{named}: there is no folder {path.parent}; make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{named}: the folder {path.parent} cannot be written to; name a file in another one")
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class Schema:
     """
 
     def __init__(self, *classes: type) -> None:
-        self.ignored = IGNORED.union(*(getattr(cls, "ignored", ()) for cls in classes))
+        self.ignored = frozenset[str]().union(*(getattr(cls, "ignored", ()) for cls in classes))
         self.fields: dict[str, dataclasses.Field[Any]] = {}
         self.hints: dict[str, Any] = {}
         for cls in classes:

@@ -77,7 +77,10 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     model = model.to(device).eval().requires_grad_(True)
     images = _read_folder(find_input(run.images), run).to(device)
     two = images.subset(torch.arange(min(2, len(images))))
-    classes = head_size(model, normalise(two.images, images.spec))
+    try:
+        classes = head_size(model, normalise(two.images, images.spec))
+    except UserError as error:
+        raise UserError(f"{error}; are --img_size and --mean, --std (one number each: gray images) its own?") from error
     return model, _with_head(images, classes, run.images)
 
 

@@ -39,13 +39,13 @@ def purify(argv: Sequence[str]) -> None:
     from ulrl import own_files
     from ulrl.defenses.base import DEFENSES
     from ulrl.own_model import Note
-    from ulrl.own_model.given import make_method
+    from ulrl.own_model.given import make_repair
     from ulrl.report.tables import accuracy_table
 
     settings, _ = schema.merge(("given", given))
     run, defense = settings.build(own_files.PurifyRun), settings.build(DEFENSES[name])
     if not run.check:
-        make_method(run.method, {})
+        make_repair(run.method, {})
     model, images = own_files.load(run)
     names = images.spec.class_names
     if not run.check:

@@ -81,11 +81,21 @@ class Comparison:
     )
 
 
+NOT_SHARED = {  # options of a defense that a comparison sets itself
+    "result_file": "the record is named first",
+    "random_seed": "the seeds are 0, 1, ..., as many as --seeds says",
+    "save_folder_name": "each run has a folder of its own",
+}
+
+
 def compare(argv: Sequence[str]) -> None:
     """Each defense as its script would run it, every seed into a folder of its own; what is there is kept."""
     named, argv = first_name(argv, "compare", "a record")
     schema = Schema(Comparison, declared("ulrl.configure", "DefenseRun"))
     flags = schema.flags(argv, "ulrl compare RECORD", "Run several defenses on one record and compare them.")
+    for flag, why in NOT_SHARED.items():
+        if flag in flags:
+            raise UserError(f"--{flag} would have no effect: {why}; leave it out")
     comparison = schema.merge(("flag", flags))[0].build(Comparison)
     shared = {k: v for k, v in flags.items() if k not in ("defenses", "seeds")}
     names = [name.strip() for name in comparison.defenses.split(",")]

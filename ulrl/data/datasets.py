@@ -75,7 +75,7 @@ def dataset_spec(name: str, dataset_path: str = "./data", img_size: Sequence[int
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}{nearest(name, list(DATASETS))}")
-    return SPECS[name] if name in SPECS else layouts.folder_spec(find_input(dataset_path), img_size)
+    return SPECS[name] if name in SPECS else layouts.folder_spec(find_input(dataset_path, shipped=False), img_size)
 
 
 def load_dataset(name: str, dataset_path: str = "./data", img_size: Sequence[int] = ()) -> tuple[ImageSet, ImageSet]:
@@ -87,7 +87,7 @@ def load_dataset(name: str, dataset_path: str = "./data", img_size: Sequence[int
         UserError: unknown name; data that is missing and cannot be downloaded, or is damaged.
     """
     spec = dataset_spec(name, dataset_path, img_size)
-    folder = find_input(dataset_path) / (name if name in SPECS else "")
+    folder = find_input(dataset_path, shipped=False) / (name if name in SPECS else "")
     if name in _READERS:
         train, test = _READERS[name](folder)
         return _image_set(*train, spec), _image_set(*test, spec)

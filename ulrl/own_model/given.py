@@ -123,14 +123,26 @@ def make_method(name: str, hyperparameters: Mapping[str, Any]) -> Any:
     """The defense of that name with these options.
 
     Raises:
-        UserError: no such method or option, an unfit value, a method that cannot repair a finished model.
+        UserError: no such method or option, an unfit value.
+    """
+    defense = DEFENSES[name]
+    schema = Schema(defense)
+    settings, _ = schema.merge(("", schema.check(hyperparameters, f"the options of {name}")))
+    return settings.build(defense)
+
+
+def make_repair(name: str, hyperparameters: Mapping[str, Any]) -> Any:
+    """As `make_method`, but of those that repair a finished model.
+
+    Raises:
+        UserError: as there, and for a method that only finds, or that trains a model anew.
     """
     defense = DEFENSES[name]
     if defense.in_training:
         raise UserError(f"{name} repairs while it trains on the poisoned training set; use defense/{name}.py")
-    schema = Schema(defense)
-    settings, _ = schema.merge(("", schema.check(hyperparameters, f"the options of {name}")))
-    return settings.build(defense)
+    if not defense.repairs:
+        raise UserError(f"{name} only finds and repairs nothing; choose a method that repairs, or none for the default")
+    return make_method(name, hyperparameters)
 
 
 def make_monitor(progress: Progress) -> Monitor:

@@ -18,7 +18,7 @@ from ulrl.defenses.base import Repair
 from ulrl.defenses.selection import split
 from ulrl.errors import UserError
 from ulrl.machine import threads_for
-from ulrl.own_model.given import Augment, Images, Progress, make_method, make_monitor, prepare, say
+from ulrl.own_model.given import Augment, Images, Progress, make_monitor, make_repair, prepare, say
 from ulrl.own_model.saving import save_weights
 from ulrl.seeds import global_stream
 from ulrl.training import accuracy
@@ -100,7 +100,7 @@ def purify(
     Raises:
         UserError: samples, labels, options or a model that do not fit; the sentence says what to do.
     """
-    defense = make_method(method, hyperparameters)
+    defense = make_repair(method, hyperparameters)
     for name, share, high in (("hold_out", hold_out, 0.9), ("max_accuracy_loss", max_accuracy_loss, 1)):
         if share is not None and not 0 <= share <= high:
             raise UserError(f"{name} is {share}; give a share from 0 to {high}")

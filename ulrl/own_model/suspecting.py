@@ -22,6 +22,7 @@ BACKDOORED, UNCERTAIN, NO_EVIDENCE, NO_VERDICT = "backdoored", "uncertain", "no 
 STEPS_AN_EPOCH = 4  # of unlearning, by default
 SEARCH_SAMPLES = 32
 SEARCH_CLASSES = 10
+FEW = 200  # images; how often verdicts are right was measured on as many and more
 NEAR = 0.25  # share of the median norm, set on 24 small models; those of bench/suspect_rates.py are others
 
 
@@ -116,6 +117,10 @@ def suspect(
     usual = ranking.perturbation.median()
     ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
     label, verdict = decide(ranking, searched=unlearned.reached)
+    if len(clean) < FEW:
+        given.notes.append(
+            f"{len(clean)} images are few for a verdict, which may be another one on others; give {FEW} or more"
+        )
     if not unlearned.reached:
         given.notes.append(
             f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "

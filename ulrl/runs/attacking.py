@@ -232,6 +232,11 @@ def _clean_model(attack: Attack, run: PreviewRun, spec: DatasetSpec, device: tor
             f"--clean_model {run.clean_model} is a {about.format(*is_for)}, not a {about.format(*wanted)}; train one "
             "with attack/prototype.py"
         )
+    if len(record.bd_test.labels):
+        raise UserError(
+            f"--clean_model {run.clean_model} has triggered test images, so its model is not clean; train one with "
+            "attack/prototype.py"
+        )
     return load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
 
 

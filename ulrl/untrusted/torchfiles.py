@@ -106,8 +106,8 @@ def _refusal(file: str | os.PathLike[str], kind: str, detail: str) -> UserError:
         return UserError(f"{file} {PICKLED_IMAGES}")
     if kind == "global":
         return UserError(
-            f"{file} asks to run {detail[:100]!r}, which no state dict needs, and was refused; do not trust it, "
-            "and get it from a source you know"
+            f"{file} asks to run {detail[:100]!r}, which no state dict needs, and was refused; if it is your own whole "
+            "model, save its state_dict() instead; if not, do not trust it, and get it from a source you know"
         )
     if kind == "memory":
         return UserError(f"{file} would take over {MEMORY // MIB} MiB to unpickle, and was refused; do not trust it")
