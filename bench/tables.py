@@ -70,6 +70,10 @@ def gather(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
             truth = _read(job.folder / "reach" / f"truth_r{ratio:g}_c{subset}" / "result.json")
             if truth:
                 row |= {f"truth_{k}": truth["after"][k] for k in ("acc", "asr", "ra")}
+                row["truth_lost"] = before["acc"] - truth["after"]["acc"]
+                if nets:
+                    reached = (row["truth_asr"], row["truth_ra"])
+                    row["truth_distance"] = distance(*reached, row["clean_asr"], row["clean_ra"])
             again = _read(file.parent / "reactivation" / "result.json")
             if again:
                 row |= {f"again_{k}": again["asr"][k] for k in (*ATTACKS_AFTER, "retuned_acc")}
@@ -169,6 +173,11 @@ def words(runs: pd.DataFrame) -> list[str]:
             f"Harden's settings were chosen or tried on {', '.join(DEVELOPED_ON)}; on the others "
             f"({apart.records.max()}) the distances are {', '.join(order[:5])}."
         )
+    if "truth_distance" in runs:
+        far, lost, n = _truth(runs)
+        sentences.append(
+            f"Fine-tuning on the true trigger would reach {percent(far)} ({n}), for {percent(lost)} of accuracy."
+        )
     out = ranks[~ranks.ranked].defense.tolist()
     if out:
         sentences.append(f"Not ranked, on fewer than half of the records: {', '.join(out)}.")
@@ -212,13 +221,20 @@ def _repairs(runs: pd.DataFrame) -> list[str]:
     line("(clean nets)", "0", "", nets)
     if "truth_asr" in runs:
         truth = [_pair(part.drop_duplicates("subset"), "truth_asr", "truth_ra") for part in by_record.values()]
-        line("(true trigger)", "", "", truth)
+        far, lost, n = _truth(runs)
+        line("(true trigger)", f"{percent(far)} ({n})", percent(lost), truth)
     for row in ranking(runs).itertuples():
         part = runs[runs.defense == row.defense]
         far = percent(row.distance) + ("" if pd.isna(row.half) else f" ±{percent(row.half)}") + f" ({row.records})"
         cells = [_pair(part[part.record == record], "asr", "ra") for record in records]
         line(str(row.defense), far, percent(row.acc_lost), cells)
     return [*lines, *_marks(runs)]
+
+
+def _truth(runs: pd.DataFrame) -> tuple[float, float, int]:
+    """What fine-tuning on the true trigger comes to: distance and accuracy lost, means over so many records."""
+    known = runs[runs.truth_distance.notna()].groupby("record")[["truth_distance", "truth_lost"]].mean()
+    return known.truth_distance.mean(), known.truth_lost.mean(), len(known)
 
 
 def _marks(runs: pd.DataFrame) -> list[str]:
