@@ -230,7 +230,9 @@ def _by_table(made: Path, release: Release) -> dict[str, float]:
         raise UserError(f"the release left no {release.table} in {made}")
     rows = pd.read_csv(tables[0])
     last = (rows.query(release.rows) if release.rows else rows).iloc[-1]
-    return {k: float(last[f"test_{k}"]) for k in FIGURES}
+    figures = {k: float(last[f"test_{k}"]) for k in FIGURES}
+    scale = 100 if max(figures.values()) > 1 else 1  # NPD's are in percent
+    return {k: value / scale for k, value in figures.items()}
 
 
 def _run(scratch: Path, script: Path, *flags: str, release: Release | None = None) -> None:
