@@ -32,8 +32,8 @@ EPS = 0.05
 FEW = 5  # triggered images in retuning
 CLEAN_SHARE = 0.02  # of the training images, in retuning
 MADE_ON = 500  # triggered images that a perturbation is made on
-JUDGED = 2_500  # others, at most: an ASR is known to 2 points (95%), in half of the time that all take
 PASSES = 10  # over them
+JUDGED = 2_500  # others, at most: an ASR is known to 2 points (95%), in half of the time that all take
 MIMICRY = 0.2  # query: weight of answering as the backdoored model does (the release's)
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

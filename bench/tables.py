@@ -173,7 +173,7 @@ def words(runs: pd.DataFrame) -> list[str]:
             f"Harden's settings were chosen or tried on {', '.join(DEVELOPED_ON)}; on the others "
             f"({apart.records.max()}) the distances are {', '.join(order[:5])}."
         )
-    if "truth_distance" in runs:
+    if "truth_distance" in runs and runs.truth_distance.notna().any():
         far, lost, n = _truth(runs)
         sentences.append(
             f"Fine-tuning on the true trigger would reach {percent(far)} ({n}), for {percent(lost)} of accuracy."
@@ -219,7 +219,7 @@ def _repairs(runs: pd.DataFrame) -> list[str]:
         for part in by_record.values()
     ]
     line("(clean nets)", "0", "", nets)
-    if "truth_asr" in runs:
+    if "truth_distance" in runs and runs.truth_distance.notna().any():
         truth = [_pair(part.drop_duplicates("subset"), "truth_asr", "truth_ra") for part in by_record.values()]
         far, lost, n = _truth(runs)
         line("(true trigger)", f"{percent(far)} ({n})", percent(lost), truth)

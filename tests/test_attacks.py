@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from scipy.fft import dctn, idctn
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.attacks.control import BatchPoisoning
+from ulrl.attacks.images import read_image
+from ulrl.attacks.lab import Lab
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
@@ -350,7 +353,9 @@ def test_a_stage_of_its_own_length_has_a_schedule_of_that_length(tmp_path: Path)
     assert 0 < rates[-1] < rates[0] / 4
 
 
-def test_trojan_patch_stays_near_its_picture(tmp_path: Path) -> None:
+def test_trojan_patch_stays_near_its_picture_and_ends_at_its_goal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, picture = sized(3, 16), torch.zeros(16, 16, 3, dtype=torch.uint8)
     picture[2:6, 2:6] = torch.tensor([200, 100, 30], dtype=torch.uint8)
     Image.fromarray(picture.numpy()).save(tmp_path / "mask.png")
@@ -359,6 +364,29 @@ def test_trojan_patch_stays_near_its_picture(tmp_path: Path) -> None:
     away = (patch - picture).abs()
     assert 10 < away.max() <= 51.01
     assert not patch[picture.sum(2) == 0].any()
+    monkeypatch.setattr("ulrl.attacks.trojannn.REACHED", math.inf)  # so the first step is the last
+    first = learned(quick("trojannn", **given), data, tmp_path / "other").learned["pattern"].permute(1, 2, 0)
+    assert (first - picture).abs().max() <= 25.51 < away.max()
+
+
+def test_ssba_learns_from_images_of_all_classes_where_they_lie_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the files of GTSRB and Tiny-ImageNet do."""
+    seen: list[torch.Tensor] = []
+    fit = Lab.fit
+    monkeypatch.setattr(Lab, "fit", lambda self, *a, **k: seen.append(self.data.labels) or fit(self, *a, **k))
+    data = sized(1, 8)
+    learned(quick("ssba", ssba_samples=40), data.subset(data.labels.argsort()), tmp_path)
+    assert len(seen[0]) == 40
+    assert len(seen[0].unique()) > 7
+
+
+def test_a_users_picture_is_resized_as_by_backdoorbench(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    found = read_image(str(tmp_path / "picture.png"), "--flag", 3, 32, 32).permute(1, 2, 0).numpy()
+    assert (found == np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR))).all()
 
 
 def test_blind_sets_in_when_the_loss_is_low(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ulrl.data.datasets import dataset_spec
 from ulrl.errors import UserError
 from ulrl.files import check_output, find_input, home, whole_file, whole_folder
 
@@ -87,6 +89,8 @@ def test_data_is_looked_for_at_home_and_not_in_the_checkout(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert find_input("config").is_dir()
     assert find_input("config", shipped=False) == tmp_path / "config"
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        dataset_spec("folder", "config")
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,14 @@ def test_same_seed_same_scan_and_a_service_behind_http(
     assert np.allclose(tables[0].mask_norm, tables[1].mask_norm, rtol=1e-2)
 
 
+def test_what_fails_in_the_users_function_is_not_taken_for_an_answer(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def ask(images: torch.Tensor) -> torch.Tensor:
+        raise ValueError("the service is away")
+
+    with pytest.raises(ValueError, match="the service is away"):
+        ulrl.suspect_by_queries(ask, digits[0][:20], 10, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

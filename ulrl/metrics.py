@@ -51,9 +51,9 @@ def ranking_judgement(scores: torch.Tensor, poisoned: torch.Tensor) -> RankingJu
     return RankingJudgement(auroc, recall, len(scores), len(found))
 
 
-def took(judgement: Judgement) -> bool | None:
+def took(asr: float | None) -> bool | None:
     """Whether a backdoor works at all, so that a defense has something to remove; None where none was planted."""
-    return None if judgement.asr is None else judgement.asr >= TOOK
+    return None if asr is None else asr >= TOOK
 
 
 def share(hits: torch.Tensor) -> float | None:

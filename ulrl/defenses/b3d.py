@@ -44,8 +44,9 @@ class Asked:
 
     def _answers(self, images: torch.Tensor) -> torch.Tensor:
         self.count += len(images)
+        said = self._ask(images)
         try:
-            answers = torch.as_tensor(self._ask(images), device=images.device)
+            answers = torch.as_tensor(said, device=images.device)
         except (TypeError, ValueError) as error:  # names of classes, say
             raise UserError(f"the answers are no numbers: {error}") from None
         if answers.shape == (len(images),) and not answers.is_floating_point():

@@ -145,7 +145,7 @@ def run_clip(
         attacked = (about, options_of(attack), run.poison_epochs, run.poison_lr)
         encoder = once(folder / TRAINED / "poisoned.safetensors", repr(attacked), poison).to(device)
         reference, before = judged.judge(original, training.amp), judged.judge(encoder, training.amp)
-        if not took(before[0]):
+        if not took(before[0].asr):
             log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * (before[0].asr or 0), 100 * TOOK)
         method, _ = configure_defense("ulrl", {"random_seed": run.random_seed}, DATASET, "preactresnet18", quiet=True)
         assert isinstance(method, ULRL)
@@ -174,7 +174,7 @@ def run_clip(
             "schema": 1, "kind": "clip", "method": "clip", "record": name, "attack": attack.name, "dataset": DATASET,
             "model": "preactresnet18, text transformer", "options": options_of(attack, run, training, how),
             "seed": run.random_seed, "pairs": len(pairs), "poisoned": len(poisoned), "clean_samples": len(clean),
-            "clean": reference[1], "before": before[1], "took": took(before[0]), "repairs": results,
+            "clean": reference[1], "before": before[1], "took": took(before[0].asr), "repairs": results,
             "seconds": stage_seconds(monitor, start), "peak_memory_mb": peak.mb(), "environment": environment(device),
         }  # fmt: skip
         write_result(folder, result, draw)

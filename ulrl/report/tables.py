@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ulrl.metrics import TOOK
+from ulrl.metrics import TOOK, took
 from ulrl.record import Record
 from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of
 from ulrl.report.pooling import best_of, notes_of, summarise
@@ -48,16 +48,12 @@ def result_table(result: dict[str, Any]) -> RenderableType:
         if found := result.get("trigger"):
             figures = f"cosine {found['cosine']:.2f}, IoU {found['iou']:.2f}, turns {_percent(found['turned'])} %"
             lines.add_row("trigger", f"found for class {found['class']}: {figures}")
-    if _did_not_take(result["before" if defended else "after"]):
+    if took(result["before" if defended else "after"]["asr"]) is False:
         so = ", so this is no evidence" if defended else ""
         lines.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%{so}")
     lines.add_row("on", escape(printable(", ".join(about))))
     lines.add_row("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result["seconds"].items()))
     return Group(table, lines)
-
-
-def _did_not_take(judged: dict[str, Any]) -> bool:
-    return judged["asr"] is not None and judged["asr"] < TOOK
 
 
 def detection_table(record: str, results: Sequence[dict[str, Any]]) -> RenderableType:
@@ -89,7 +85,7 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
     table = Table(title=escape(printable(record.name)), title_style="bold", caption=caption)
     for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
         table.add_column(column, justify="right" if column.endswith("%") else "left")
-    if any(run.result["kind"] == "attack" and _did_not_take(run.result["after"]) for run in runs):
+    if any(run.result["kind"] == "attack" and took(run.result["after"]["asr"]) is False for run in runs):
         about.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%")
     for run in runs:
         result, figures = run.result, [_percent(run.result["after"][k]) for k in ("acc", "asr", "ra")]
@@ -123,7 +119,7 @@ def comparison_table(record: str, results: list[dict[str, Any]], found: int) -> 
     were not run now. They may have come with a stranger's record, so that is said below.
     """
     runs = frame_of(results)
-    runs["took"] = not _did_not_take(results[0]["before"])
+    runs["took"] = took(results[0]["before"]["asr"]) is not False
     before = runs.iloc[:1].assign(
         kind="attack", defense=NO_DEFENSE, settings="", der=math.nan, seconds=math.nan, **results[0]["before"]
     )

@@ -141,7 +141,7 @@ def run_attack(
         if poisoned_train is None:
             poisoned_train = _poison_training_set(attack, train, chosen, covers)
         after = timed_judge(monitor, model, clean_test, poisoned_test, training.amp)
-        if after.asr is not None and not took(after):
+        if after.asr is not None and not took(after.asr):
             log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * after.asr, 100 * TOOK)
 
         poisoned_train = replace(poisoned_train, original_indices=kept[poisoned_train.original_indices.cpu()])
@@ -167,7 +167,7 @@ def run_attack(
             "schema": 1, "kind": "attack", "method": attack.name, "record": name, "attack": attack.name,
             "dataset": run.dataset, "model": run.model, "options": options_of(attack, run, training),
             "seed": run.random_seed, "clean_samples": None, "after": asdict(after),
-            "took": took(after), "der": None, "flagged": [], "seconds": stage_seconds(monitor, start),
+            "took": took(after.asr), "der": None, "flagged": [], "seconds": stage_seconds(monitor, start),
             "peak_memory_mb": peak.mb(),
             "evidence": {
                 "poisoned": len(chosen), "covers": len(covers), "train_samples": len(train),
