@@ -95,6 +95,23 @@ def test_tiny(tmp_path: Path, layout: str, inner: str) -> None:
             assert torchvision.datasets.ImageFolder(tmp_path / "tiny" / inner / split).targets == part.labels.tolist()
 
 
+def test_tiny_sorted_by_a_script_that_leaves_the_annotations(tmp_path: Path) -> None:
+    """Also where it leaves an empty images/; but not where it has been killed among the images."""
+    base = tmp_path / "tiny" / "tiny-imagenet-200"
+    peer.write_tiny(base, "published", per_class=1, n_val=200)
+    whole = load_dataset("tiny", str(tmp_path))[1]
+    val = base / "val"
+    for row in (val / "val_annotations.txt").read_text().splitlines():
+        file, name = row.split("\t")[:2]
+        (val / name).mkdir(exist_ok=True)
+        (val / "images" / file).rename(val / name / file)
+    again = load_dataset("tiny", str(tmp_path))[1]
+    assert torch.equal(again.images, whole.images)
+    assert torch.equal(again.labels, whole.labels)
+    (val / name / file).rename(val / "images" / file)
+    refused(lambda: load_dataset("tiny", str(tmp_path)), str(val / "images"))
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("gtsrb", "torchvision.datasets.GTSRB"), ("tiny", "tiny-imagenet-200.zip")]
 )
