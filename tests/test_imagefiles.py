@@ -396,6 +396,17 @@ def only_train(own: Path) -> None:
     own.with_name("train").rename(own / "train")
 
 
+def other_names(train: str, test: str) -> Change:
+    """The images in a training and a test part of these names."""
+
+    def move(own: Path) -> None:
+        own.rename(own.with_name("all"))
+        for name in (train, test):
+            shutil.copytree(own.with_name("all"), own / name)
+
+    return move
+
+
 def other_test_class(own: Path) -> None:
     for name in ("train/a", "train/b", "test/z"):
         shutil.copytree(own / "apple", own / name)
@@ -408,6 +419,9 @@ OWN_FAULTS: dict[str, tuple[Change, str]] = {
     "an empty class": (lambda own: (own / "dew").mkdir(), "own/dew"),
     "a lone image": (lambda own: (own / "cloud" / "0000.png").unlink(), "'cloud'"),
     "train without test": (only_train, "test/"),
+    "train and validation": (other_names("train", "validation"), "own/train"),
+    "Train and Test": (other_names("Train", "Test"), "own/Train"),
+    "training_set and test_set": (other_names("training_set", "test_set"), "own/training_set"),
     "a class in test only": (other_test_class, "test/z"),
     "a broken image": (lambda own: os.truncate(own / "birch" / "0003.png", 70), "birch/0003.png"),
 }
@@ -417,6 +431,13 @@ OWN_FAULTS: dict[str, tuple[Change, str]] = {
 def test_a_folder_with_a_fault_is_told_in_one_line(own: Path, fault: Change, word: str) -> None:
     fault(own)
     refused(lambda: load_dataset("folder", str(own), (16,)), word)
+
+
+def test_a_train_is_a_vehicle_too(own: Path) -> None:
+    (own / "birch").rename(own / "train")
+    (own / "train" / "0003.png").rename(own / "train" / "0099.png")
+    shutil.copytree(own / "apple", own / "train" / "steam")
+    assert dataset_spec("folder", str(own)).class_names == ("apple", "cloud", "train")
 
 
 @pytest.mark.parametrize("size", [(7,), (1025, 64), (8, 8, 3), (0, 0)])

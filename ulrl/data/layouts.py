@@ -156,7 +156,11 @@ def folder(root: Path) -> Splits:
 
 
 def _splits(root: Path) -> tuple[Path, Path | None]:
-    """Where the training and the test images lie; None where there is no such division."""
+    """Where the training and the test images lie; None where there is no such division.
+
+    Raises:
+        UserError: there is one, by other names: those would be the classes.
+    """
     inside = subfolders(root)
     if "train" in inside:
         for test in ("test", "val"):
@@ -165,6 +169,13 @@ def _splits(root: Path) -> tuple[Path, Path | None]:
         if inside == ["train"]:
             raise UserError(
                 f"{root} has train/ but no test/; add it, or give {root / 'train'} as --dataset_path, to be divided"
+            )
+    for name in (name for name in inside if name.lower().startswith("train")):
+        first = next(_images(root / name), None)  # those of a folder itself come before those of its subfolders
+        if first and Path(first).parent != root / name:
+            raise UserError(
+                f"{root / name} holds folders of images, as a part to train on does; call it train/ and the other part "
+                "test/ or val/; if it is a class, put an image into it itself"
             )
     return root, None
 
