@@ -81,6 +81,8 @@ def test_input_is_looked_for_here_then_at_home(tmp_path: Path, monkeypatch: pyte
     assert find_input("both.yaml").resolve() == here / "both.yaml"
     assert find_input("./one.yaml").resolve() == there / "one.yaml"
     assert find_input(there / "one.yaml") == there / "one.yaml"
+    with pytest.raises(UserError, match=r"~no-such-user/one\.yaml .*write the path out"):
+        find_input("~no-such-user/one.yaml")
 
 
 def test_data_is_looked_for_at_home_and_not_in_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,15 @@ def checkout() -> Path | None:
 
 def find_input(path: str | os.PathLike[str], *, shipped: bool = True) -> Path:
     """A file or folder named by the user: relative to the current directory, else to `home()`, else, unless what is
-    looked for is not `shipped`, to the checkout, which has `config/`."""
-    given = Path(path).expanduser()
+    looked for is not `shipped`, to the checkout, which has `config/`.
+
+    Raises:
+        UserError: it begins with `~` and a user whom this machine does not know.
+    """
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path} is in the home folder of a user who is not known here; write the path out") from None
     last = (checkout() if shipped else None) or home()
     places = [given] if given.is_absolute() else [given, home() / given, last / given]
     return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
