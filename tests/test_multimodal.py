@@ -231,6 +231,7 @@ def test_a_backdoor_takes_and_its_repairs_are_judged(fashion: Path, capsys: pyte
     ("flags", "said"),
     [
         (["--repairs", "ft,nad"], "'nad' is none of"),
+        (["--repairs", "nad", "--yaml_path", "none"], "'nad' is none of"),
         (["--attack", "wanet"], "--attack wanet"),
         (["--attack", "badnets"], "badnet"),
         (["--save_folder_name", "../x"], "plain folder name"),

@@ -20,6 +20,7 @@ from manners import refused
 from ulrl.attacks.badnet import BadNet
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import attack_main, defense_main, main
+from ulrl.cli.flags import attack_flags
 from ulrl.configure import AttackRun, DefenseRun, DetectionRun, configure_attack, configure_defense
 from ulrl.defenses.base import DEFENSES
 from ulrl.detectors.base import DETECTORS
@@ -146,11 +147,13 @@ def test_an_attacks_file_for_the_data_set_is_over_its_default_and_under_what_is_
     (empty_home / "theirs.yaml").write_text("pratio: 0.4\n")
     cases: list[tuple[dict[str, Any], tuple[int, float, int]]] = [
         ({}, (2, 0.3, 7)),
+        ({"yaml_path": None, "bd_yaml_path": None}, (2, 0.3, 7)),  # as a flag: none
         ({"epochs": 5}, (2, 0.3, 5)),
         ({"dataset": "mnist"}, (4, 0.3, 10)),
         ({"yaml_path": "mine.yaml"}, (2, 0.3, 3)),
         ({"bd_yaml_path": "theirs.yaml"}, (BadNet.patch_size, 0.4, 10)),
     ]
+    assert attack_flags("badnet", ["--yaml_path", "none", "--bd_yaml_path", "none"], "AttackRun", "") == cases[1][0]
     for said, expected in cases:
         attack, _, training = configure_attack("badnet", said, AttackRun, quiet=True)
         assert isinstance(attack, BadNet)

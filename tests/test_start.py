@@ -69,6 +69,8 @@ MISTAKES = {
     ("defense", "ulrl", "--relern_lr", "1"): "did you mean '--relearn_lr'?",
     ("defense", "ulrl", "--relearn_lr", "fast"): "is not a number",
     ("defense", "ft"): "--result_file is missing",
+    ("defense", "ft", "--yaml_path", "none"): "--result_file is missing",
+    ("defense", "ft", "--result_file", "~no-such-user/x"): "~no-such-user/x",
     ("defense", "ft", "--result_file", "nothing"): "is not a folder",
     ("compare", "nothing", "--defenses", "ft,fts"): "unknown defense 'fts'",
     ("purify", "--method", "ulr"): "did you mean 'ulrl'?",

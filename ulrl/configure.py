@@ -213,12 +213,13 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[L
     Raises:
         UserError: a file that cannot be used, or a name that would have no effect.
     """
-    if "yaml_path" in flags:
+    named = flags.get("yaml_path") is not None
+    if named:
         training = [yaml_layer(schema, flags["yaml_path"])]
     else:
         usual = flags.get("dataset", PreviewRun.dataset)
         training = _usual_layers(schema, "attack/prototype", usual, flags.get("model"))
-    if "bd_yaml_path" in flags:
+    if flags.get("bd_yaml_path") is not None:
         own = [yaml_layer(schema, flags["bd_yaml_path"])]
     else:
         said = (flags, *(values for _, values in reversed(training)))
@@ -226,7 +227,7 @@ def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[L
         own = [_usual_layer(schema, f"attack/{name}", "default")]
         if name != "prototype":  # whose files are those of the training
             own.append(_usual_layer(schema, f"attack/{name}", dataset))
-        if "yaml_path" in flags:  # what the user named for the training says how to train
+        if named:  # what the user named for the training says how to train
             trains = {f.name for f in fields(TrainOptions)}
             own = [(path, {k: v for k, v in values.items() if k not in trains}) for path, values in own]
     files = [*training, *own]

@@ -23,7 +23,7 @@ def clip(argv: Sequence[str]) -> None:
     training, repairing = declared("ulrl.training", "TrainOptions"), declared("ulrl.multimodal.repairs", "Repairing")
     schema = Schema(run, attack, training, repairing)
     flags = schema.flags(argv, "ulrl clip", ABOUT)
-    file = options_file(flags.get("yaml_path", "clip/fashion_scenes"))
+    file = options_file(flags.get("yaml_path") or "clip/fashion_scenes")
     settings, _ = schema.merge((str(file), schema.yaml(file)), ("given", flags))
     same_bits()
     from ulrl.attacks.base import ATTACKS

@@ -49,4 +49,4 @@ def defense_flags(name: str, argv: Sequence[str]) -> tuple[dict[str, Any], str]:
 
 def from_file(schema: Schema, flags: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The options of the file that a flag names, if it is given."""
-    return schema.yaml(options_file(flags[key])) if key in flags else {}
+    return schema.yaml(options_file(flags[key])) if flags.get(key) is not None else {}
