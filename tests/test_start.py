@@ -74,6 +74,7 @@ MISTAKES = {
     ("defense", "ft", "--result_file", "nothing"): "is not a folder",
     ("compare", "nothing", "--defenses", "ft,fts"): "unknown defense 'fts'",
     ("purify", "--method", "ulr"): "did you mean 'ulrl'?",
+    ("purify", "--method"): "ulrl: argument --method: expected one argument",
     ("purify", "--model", "a:b"): "--weights is missing",
     ("sweep", "sweep/quik"): "did you mean 'sweep/quick'?",
     ("sweep",): "name a sweep file first",
@@ -88,6 +89,7 @@ MISTAKES = {
     ("detect", "nothing", "--samples", "strap"): "did you mean 'strip'?",
     ("detect", "nothing", "--samples"): "is not a folder",
     ("clip", "--attack", "badnett"): "did you mean 'badnet'?",
+    ("clip", "--attack"): "ulrl: argument --attack: expected one argument",
     ("clip", "--repair_lr", "-1"): "must be at least 0",
     ("list", "config"): "takes nothing or `configs`",
 }

@@ -88,7 +88,7 @@ class Schema:
         Raises:
             UserError: an unknown flag, a missing or an unfit value.
         """
-        parser = _Parser(
+        parser = Parser(
             prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS, allow_abbrev=False,
         )  # fmt: skip
@@ -159,7 +159,9 @@ class Schema:
         return value
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose mistakes are a UserError."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from ulrl.cli.flags import method
+from ulrl.cli.flags import method, named_by
 from ulrl.cli.terminal import print_path, print_table, same_bits
 from ulrl.declared import declared
 from ulrl.options import Schema
@@ -17,9 +16,7 @@ first by fine-tuning, by token-level unlearning and by ULRL's idea; judge each b
 
 def clip(argv: Sequence[str]) -> None:
     run = declared("ulrl.multimodal.running", "ClipRun")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--attack", default=run.attack)
-    attack = method("attack", peek.parse_known_args(argv)[0].attack)  # whose options are flags, too
+    attack = method("attack", named_by("attack", argv, run.attack))
     training, repairing = declared("ulrl.training", "TrainOptions"), declared("ulrl.multimodal.repairs", "Repairing")
     schema = Schema(run, attack, training, repairing)
     flags = schema.flags(argv, "ulrl clip", ABOUT)

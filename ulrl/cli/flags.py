@@ -11,7 +11,7 @@ from typing import Any
 
 from ulrl.declared import declared, methods
 from ulrl.errors import UserError
-from ulrl.options import Schema
+from ulrl.options import Parser, Schema
 from ulrl.registry import nearest
 from ulrl.shipped import options_file
 
@@ -27,6 +27,17 @@ def method(kind: str, name: str) -> type:
         raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
     cls: type = declared(*known[name])
     return cls
+
+
+def named_by(flag: str, argv: Sequence[str], usual: str) -> str:
+    """The method that a flag names. Its options are flags, too, so this one is read before all others.
+
+    Raises:
+        UserError: no name after it.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{flag}", default=usual)
+    return str(getattr(parser.parse_known_args(argv)[0], flag))
 
 
 def attack_flags(name: str, argv: Sequence[str], run: str, prog: str) -> dict[str, Any]:

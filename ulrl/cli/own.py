@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import warnings
@@ -27,10 +26,8 @@ log = logging.getLogger(__name__)
 
 def purify(argv: Sequence[str]) -> None:
     options = declared("ulrl.own_files", "PurifyRun")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--method", default=options.method)
-    name = peek.parse_known_args(argv)[0].method
-    schema = Schema(options, flags.method("defense", name))  # whose options are flags, too
+    name = flags.named_by("method", argv, options.method)
+    schema = Schema(options, flags.method("defense", name))
     given = schema.flags(argv, "ulrl purify", about("ulrl.own_files"))
     for flag in ("model", "weights", "images", *(() if given.get("check") else ("out",))):
         if not given.get(flag):
