@@ -127,6 +127,16 @@ def test_an_attack_leaves_its_trigger_with_attack_and_asr(
     assert small[60, 144 + 60].tolist() == [255] * 3
 
 
+def test_classes_of_any_name_stand_over_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's folders name them: banknotes, or letters of another encoding, of which Matplotlib makes an error."""
+    drawn = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (drawn.extend(figure.axes[:2]), save(figure, path)))
+    images, titles = np.zeros((2, 3, 8, 8), np.uint8), ["$5 → $10", "caf\udce9\n→ tea"]
+    plots.trigger_preview(tmp_path / "a.png", images, images, titles, "badnet on folder")
+    assert [ax.get_title() for ax in drawn] == [r"\$5 → \$10", "caf\\udce9\n→ tea"]
+
+
 def test_shares_stand_on_axes_in_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, *_: figures.append(figure))

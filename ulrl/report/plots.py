@@ -49,7 +49,7 @@ def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles:
             ax.set_xticks([])
             ax.set_yticks([])
     for ax, text in zip(axes[0], titles, strict=True):
-        ax.set_title(text, fontsize=8)
+        ax.set_title("\n".join(map(_plain, text.split("\n"))), fontsize=8)
     figure.suptitle(_plain(title), fontsize=11)
     _save(figure, path)
 
