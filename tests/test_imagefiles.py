@@ -388,6 +388,8 @@ def test_colour_modes(tmp_path: Path) -> None:
     deep = tmp_path / "a" / "deep.png"
     Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(deep)
     refused(lambda: load_dataset("folder", str(tmp_path), (8,)), str(deep), "8 bits")
+    Image.new("RGB", (9, 9)).save(deep, "GIF")
+    refused(lambda: load_dataset("folder", str(tmp_path), (8,)), str(deep), "(none of JPEG, PNG,")
 
 
 def only_train(own: Path) -> None:
