@@ -54,6 +54,14 @@ def test_bar_in_a_file_has_few_lines(capsys: pytest.CaptureFixture[str]) -> None
     assert "acc=0.999" in states[-1]
 
 
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_stage_needs_no_stderr(bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)  # of a daemon, or of a program with a window
+    with Monitor(bar=bar).stage("tune", 1) as progress:
+        progress.step()
+        progress.reached()
+
+
 @pytest.mark.parametrize(
     "options",
     [

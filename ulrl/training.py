@@ -57,8 +57,9 @@ class Monitor:
     def stage(self, name: str, steps: int) -> Iterator[Stage]:
         """A named part of the run, of `steps` optimisation steps at most."""
         start, judged = time.perf_counter(), self.seconds.get("judge", 0.0)
-        interval = 0.1 if sys.stderr.isatty() else 60  # a file keeps every state of the bar
-        with tqdm(total=steps, desc=name, disable=not self._bar, dynamic_ncols=True, mininterval=interval) as bar:
+        shown = self._bar and sys.stderr is not None  # which it is in a process without a terminal or a file for it
+        interval = 0.1 if shown and sys.stderr.isatty() else 60  # a file keeps every state of the bar
+        with tqdm(total=steps, desc=name, disable=not shown, dynamic_ncols=True, mininterval=interval) as bar:
             yield Stage(self, name, bar, steps)
         spent = time.perf_counter() - start - (self.seconds.get("judge", 0.0) - judged)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
