@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from attacking import CLEAN_LABEL, NO_TRAINING_SET, learned, make, quick, sized
@@ -49,6 +50,8 @@ def test_record_holds_what_the_attack_did(name: str, tmp_path: Path, monkeypatch
     assert torch.equal(poisoned.images, from_record), "the record's own parameters make the trigger again"
     draw(folder)
     assert (folder / "trigger_preview.png").stat().st_size > 1000
+    of_epoch = pd.read_csv(folder / "attack_df.csv").iloc[-1]
+    assert of_epoch.batch == 700 // result["options"]["batch_size"], "the rest of an epoch is left out"
     hidden = result["evidence"]["perceptibility"]
     assert 0 < hidden["linf"] <= 1
     assert hidden["l2"] >= hidden["linf"]

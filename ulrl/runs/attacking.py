@@ -157,7 +157,7 @@ def run_attack(
         trigger = {key: tensor.detach().cpu() for key, tensor in attack.parameters(spec).items()}
         save_torch(trigger, folder / "trigger.pt")
         history = course.with_history([row for row in monitor.history if row["stage"] == "train"])
-        _attack_df(history, after, -(-len(train) // training.batch_size)).to_csv(folder / "attack_df.csv")
+        _attack_df(history, after, len(lab.batches())).to_csv(folder / "attack_df.csv")
         figures = None
         if len(judged):
             sample = TriggerSample.of(clean_test, poisoned_test)
