@@ -241,6 +241,17 @@ def test_damaged_cifar10_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused("cifar10", tmp_path, "CIFAR-10", "damaged", str(damaged.parent))
 
 
+def test_cifar10_that_may_not_be_read_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another user's files; of root's tests the operating system hides none."""
+    publish_cifar10(tmp_path / "cifar10", 2, monkeypatch)
+
+    def denied(path: str, md5: str) -> bool:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", denied)
+    refused("cifar10", tmp_path, "CIFAR-10", "Permission denied", str(tmp_path / "cifar10" / "cifar-10-batches-py"))
+
+
 @pytest.mark.usefixtures("no_network")
 def test_missing_cifar10_is_told_in_one_line(tmp_path: Path) -> None:
     refused("cifar10", tmp_path, "CIFAR-10 is missing", str(tmp_path / "cifar10" / "cifar-10-batches-py"), "internet")

@@ -186,7 +186,7 @@ def _cifar(class_name: str, title: str) -> Callable[[Path], tuple[Split, Split]]
         cls = getattr(torchvision.datasets, class_name)
         try:
             train, test = cls(folder, train=True), cls(folder, train=False)
-        except RuntimeError:  # torchvision found the files missing, or their checksum wrong
+        except (OSError, RuntimeError):  # torchvision could not read them; found them missing, or a checksum wrong
             with _download(folder, title, [str(folder / cls.base_folder)]):
                 train, test = cls(folder, train=True, download=True), cls(folder, train=False)
         return (train.data, train.targets), (test.data, test.targets)
