@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from manners import refused
 from PIL import Image
 
-from ulrl.cli import attack_main, defense_main
+from ulrl.cli import attack_main, defense_main, main
 from ulrl.data import imagefiles
 from ulrl.data.cache import cache_folder
 from ulrl.data.datasets import SPECS, dataset_spec, load_dataset
@@ -459,7 +459,7 @@ def command(
 
 def test_from_attack_to_defense(empty_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, other = tmp_path / "photos", tmp_path / "other"
-    peer.write_folder(own, {"leaf": 50, "sky": 50, "brick": 50})
+    peer.write_folder(own, {"leaf": 50, "sky": 50, "_$5$": 50})
     attack = f"--dataset folder --dataset_path {own} --img_size 16 --width 4 --epochs 3 --batch_size 16 --device cpu"
     record = "--save_folder_name mine --patch_size 3 --pratio 0.2"
     assert command(attack_main, "badnet", [*attack.split(), *record.split()], capsys)[0] == 0
@@ -474,6 +474,12 @@ def test_from_attack_to_defense(empty_home: Path, tmp_path: Path, capsys: pytest
     assert result["dataset"] == "folder"
     assert result["before"] == pytest.approx(trained["after"]), "the same test images"
     assert (result["before"]["n_clean"], result["clean_samples"]) == (30, 24)
+
+    figure = ["plot", "tsne", str(empty_home / "record/mine/defense/ulrl"), "--out", str(tmp_path / "tsne.svg")]
+    with pytest.raises(SystemExit) as left:
+        main([*figure, "--samples", "20", "--device", "cpu", "--dataset_path", str(own)])
+    assert left.value.code == 0, capsys.readouterr().err
+    assert all(f">{name}<" in (tmp_path / "tsne.svg").read_text() for name in ("leaf", "sky", " _$5$"))
 
     for classes, word in (
         ({"leaf": 50, "sky": 50, "brick": 50, "x": 9}, "4"),  # another number of classes

@@ -268,7 +268,7 @@ def tsne(path: Path, features: Mapping[str, np.ndarray], groups: np.ndarray, cla
         for i, k in enumerate(classes):
             mine = at[groups == k]
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[(i // len(PALETTE)) % len(MARKERS)]
-            name = class_names[k] if class_names else str(k)
+            name = _plain(class_names[k]) if class_names else str(k)
             ax.scatter(
                 *mine.T, s=4 if paper else 9, c=colour, marker=marker, alpha=0.7, linewidths=0, label=name, zorder=1
             )
