@@ -491,6 +491,10 @@ def test_from_attack_to_defense(empty_home: Path, tmp_path: Path, capsys: pytest
         assert code == 2
         assert "--dataset_path" in said.splitlines()[-1]
         assert word in said.splitlines()[-1]
+    shutil.copy(own / "leaf" / "0003.png", own / "leaf" / "0003b.png")  # one more: as many to test, but divided anew
+    code, said = command(defense_main, "ulrl", [*repair, "--dataset_path", str(own)], capsys)
+    assert code == 2
+    assert "other folder test images" in said.splitlines()[-1]
     code, said = command(defense_main, "ulrl", repair, capsys)  # the default ./data is no such folder
     assert code == 2
     assert "--dataset_path" in said.splitlines()[-1]

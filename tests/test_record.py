@@ -42,6 +42,11 @@ def clean_train() -> ImageSet:
     return ImageSet(chw(images), torch.from_numpy(labels), SPEC)
 
 
+def clean_test() -> ImageSet:
+    images, labels = peer.clean_split(peer.N_TEST)
+    return ImageSet(chw(images), torch.from_numpy(labels), SPEC)
+
+
 def random_set(spec: DatasetSpec, indices: list[int], seed: int) -> PoisonedSet:
     rng = torch.Generator().manual_seed(seed)
     n = len(indices)
@@ -58,7 +63,7 @@ def write(folder: Path, test: PoisonedSet, train: PoisonedSet | None = None, **c
         "state_dict": WEIGHTS,
         "spec": test.spec,
         "poisoned_test": test,
-        "n_test": peer.N_TEST,
+        "clean_test": clean_test(),
         "poisoned_train": train,
         "n_train": peer.N_TRAIN,
         "train_indices": torch.arange(peer.N_TRAIN),

@@ -39,7 +39,8 @@ class Record:
 
     state_dict: parameter name, without `module.`, to CPU tensor. dataset: name of the clean data.
     img_size: (height, width, channels). bd_train: None where the attack stores no training set (LIRA,
-    Blind). attack: its name, or None where the record does not tell.
+    Blind). attack: its name, or None where the record does not tell. clean_test: the digest of the clean test split, or
+    None where another's tool made the record.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Record:
     bd_train: PoisonState | None
     bd_test: PoisonState
     attack: str | None
+    clean_test: str | None
 
     @property
     def name(self) -> str:
@@ -97,10 +99,16 @@ class Record:
     def check_test(self, clean: ImageSet) -> None:
         """Raises UserError if a folder of the user's is not the one that the record was made from.
 
-        The clean test split's size and labels tell. A published data set is told by its name.
+        The clean test split tells: its size, its labels and, where the record has it, its digest. So does one that is
+        divided anew, as images were added. A published data set is told by its name.
         """
         if self.dataset == "folder":
             self._check_split(self.bd_test, clean, "test")
+            if self.clean_test not in (None, clean.digest()):
+                raise UserError(
+                    f"{self.folder} was made from other {clean.spec.name} test images; point --dataset_path to the "
+                    "data it was made from, as it was"
+                )
 
     def _check_split(self, state: PoisonState, clean: ImageSet, split: str) -> None:
         if len(clean) != len(state.indicator) or not torch.equal(
@@ -167,6 +175,7 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         bd_train=None if raw["bd_train"] is None else read_state(file, "bd_train", raw["bd_train"], classes),
         bd_test=read_state(file, "bd_test", raw["bd_test"], classes),
         attack=raw["attack"] if isinstance(raw.get("attack"), str) else _attack_name(folder, inside),
+        clean_test=raw["clean_test"] if isinstance(raw.get("clean_test"), str) else None,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ulrl.data.imageset import DatasetSpec, PoisonedSet
+from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.files import in_threads, save_torch, whole_file
 from ulrl.record import INFO_FILE
 from ulrl.record_folder import PICKLE as RESULT_FILE
@@ -25,7 +25,7 @@ def write_record(
     state_dict: Mapping[str, torch.Tensor],
     spec: DatasetSpec,
     poisoned_test: PoisonedSet,
-    n_test: int,
+    clean_test: ImageSet,
     poisoned_train: PoisonedSet | None,
     n_train: int,
     train_indices: torch.Tensor,
@@ -33,9 +33,9 @@ def write_record(
 ) -> None:
     """Write a record that BackdoorBench reads too into `folder`, empty, to be renamed `final_name`.
 
-    poisoned_train: only the poisoned training samples, or None where the attack has none to show.
-    n_test, n_train: sizes of the clean splits. train_indices: int64 [n], the positions in the clean
-    training split that the model was trained on. info: the attack's options, builtins only.
+    poisoned_train: only the poisoned training samples, or None where the attack has none to show. clean_test: the whole
+    split, of which a digest stays. n_train: size of the clean training split. train_indices: int64 [n], the positions
+    in it that the model was trained on. info: the attack's options, builtins only.
     """
     bd_test, bd_train = f"./record/{final_name}/bd_test_dataset", f"./record/{final_name}/bd_train_dataset"
     train_state = None
@@ -52,7 +52,8 @@ def write_record(
         "img_size": spec.img_size,
         "clean_data": spec.name,
         "bd_train": train_state,
-        "bd_test": _write_state(folder, bd_test, poisoned_test, n_test),
+        "bd_test": _write_state(folder, bd_test, poisoned_test, len(clean_test)),
+        "clean_test": clean_test.digest(),
     }
     save_torch(result, folder / RESULT_FILE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -60,6 +61,13 @@ class ImageSet:
     def to(self: Self_, device: torch.device | str) -> Self_:
         """The same set with its tensors on `device`."""
         return replace(self, **{k: v.to(device) for k, v in self._tensors().items()})
+
+    def digest(self) -> str:
+        """A SHA-256 of images and labels, in hexadecimal."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def subset(self: Self_, indices: torch.Tensor) -> Self_:
         """The samples at `indices` (int64 [n]), in that order."""

@@ -147,7 +147,7 @@ def run_attack(
         poisoned_train = replace(poisoned_train, original_indices=kept[poisoned_train.original_indices.cpu()])
         write_record(
             folder, final_name=name, model_name=run.model, num_classes=spec.num_classes,
-            state_dict=model.state_dict(), spec=spec, poisoned_test=poisoned_test, n_test=len(clean_test),
+            state_dict=model.state_dict(), spec=spec, poisoned_test=poisoned_test, clean_test=clean_test,
             poisoned_train=poisoned_train if len(poisoned_train) else None, n_train=n_train, train_indices=kept,
             info=_info(attack, run, training, spec, name),
         )  # fmt: skip
