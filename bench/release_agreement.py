@@ -219,8 +219,16 @@ def judged(record: Record, weights: Mapping[str, torch.Tensor]) -> dict[str, Any
     held = pickle.loads((record.folder.parent.parent / DATA / "test_batch").read_bytes())
     images = torch.from_numpy(held["data"]).view(-1, 3, 32, 32)
     test = ImageSet(images, torch.tensor(held["labels"]), spec).to(device)
-    model = load_model(record.model_name, record.num_classes, weights, spec.channels).to(device)
+    model = load_model(record.model_name, record.num_classes, whole(weights), spec.channels).to(device)
     return vars(judge(model, test, record.poisoned_test(spec).to(device)))
+
+
+def whole(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With what torch.nn.utils.prune keeps apart put together: FP's release saves weights and masks."""
+    masked = [name.removesuffix("_mask") for name in weights if name.endswith("_mask")]
+    apart = {f"{name}_{part}" for name in masked for part in ("mask", "orig")}
+    kept = {name: weight for name, weight in weights.items() if name not in apart}
+    return kept | {name: weights[f"{name}_orig"] * weights[f"{name}_mask"] for name in masked}
 
 
 def _by_table(made: Path, release: Release) -> dict[str, float]:
