@@ -143,6 +143,16 @@ def test_the_same_record_under_two_names_is_one(tmp_path: Path) -> None:
     assert summarise(select(frame, "record=b"), "defense").n.tolist() == [1, 1, 1], "alone it repeats none"
 
 
+def test_folders_of_images_are_data_sets_of_their_own(tmp_path: Path) -> None:
+    for name, asr in (("photos", 0.1), ("drawings", 0.5)):
+        options = {"dataset": "folder", "dataset_path": name, "pratio": 0.1}
+        write_record(tmp_path / name, "badnet", {"ulrl": {"asr": asr}}, dataset="folder", options=options)
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    assert not frame.repeat.any()
+    lines = summarise(frame[frame.kind == "defense"], "dataset,model,attack,defense").set_index("record_variant")
+    assert lines.asr_mean.to_dict() == {"dataset_path drawings": 0.5, "dataset_path photos": 0.1}
+
+
 def test_other_options_of_records_are_other_lines_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for width, asr in ((16, 0.1), (64, 0.5)):
         options = {"width": width, "pratio": 0.1}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sweep_jobs
 from manners import refused
+from PIL import Image
 from sweep_jobs import command, ends, noted, study
 
 from ulrl.cli import main
@@ -116,6 +117,19 @@ def test_a_name_tells_options_that_change_a_result_and_no_others(empty_home: Pat
     assert plain == name(", seeds: [0]") == name(", device: cpu, dataset_path: elsewhere") == name(", pratio: 0.1")
     assert plain.rsplit("_", 1)[0] == name(", epochs: 11").rsplit("_", 1)[0]
     assert len({plain, name(", epochs: 11"), name(", width: 4"), name(", random_seed: 1"), name(", target: 1")}) == 5
+
+
+def test_another_folder_of_images_is_another_record(empty_home: Path) -> None:
+    def name(folder: Path | str) -> str:
+        section = f"{{attack: badnet, dataset: folder, dataset_path: {folder}, img_size: 16}}"
+        return read_sweep(written(f"attacks: {section}"))[0].name
+
+    for folder in ("photos", "drawings"):
+        for part in ("train/a", "train/b", "test/a", "test/b"):
+            Path(folder, part).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(Path(folder, part, "0.png"))
+    assert name("photos") != name("drawings")
+    assert name("photos") == name(Path("photos").resolve())
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ulrl.configure import (
 from ulrl.data.datasets import dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
+from ulrl.files import find_input
 from ulrl.registry import nearest
 from ulrl.shipped import options_file
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
@@ -185,7 +186,9 @@ def _attack_job(options: Cell) -> AttackJob:
     words = (
         attack.name, run.dataset, run.model, f"p{attack.pratio:g}", f"t{attack.attack_target}", f"s{run.random_seed}"
     )  # fmt: skip
-    name = _name(words, options_of(attack, run, training))
+    # Of the data set `folder`, the path is what the data are.
+    data = {"data": str(find_input(run.dataset_path, shipped=False).resolve())} if run.dataset == "folder" else {}
+    name = _name(words, options_of(attack, run, training) | data)
     alike = ("attack", attack.name, run.dataset)
     return AttackJob(name=name, needs=None, alike=alike, device=device, attack=attack, run=run, training=training)
 
