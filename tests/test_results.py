@@ -187,6 +187,19 @@ def test_a_backdoor_that_did_not_take_is_told_and_not_ranked(
     assert "did not take, nothing is ranked" in printed
 
 
+def test_a_backdoor_of_another_s_making_is_judged_by_the_figures_before(tmp_path: Path) -> None:
+    """A record of BackdoorBench's has no `result.json` that says whether its backdoor took."""
+    for record, asr in (("dud", 0.03), ("good", 0.9)):
+        before = {"acc": 0.9, "asr": asr, "ra": 0.5}
+        for method in ("ulrl", "ft"):
+            ran = result(method=method, record=record, before=before, asr=asr / 9)
+            write(tmp_path / record / "defense" / method, ran)
+    summary = summarise(frame_of_runs(find_runs(tmp_path)[0]), "defense")
+    assert summary[~summary.failed].asr_mean.tolist() == [pytest.approx(0.1)] * 2
+    assert summary[summary.failed].records.tolist() == [1, 1]
+    assert not summary[summary.failed].ranked.any()
+
+
 def test_what_only_finds_is_not_ranked_among_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = {"ulrl": {"asr": 0.5}, "ft": {"method": "ft", "asr": 0.6}}
     write_record(tmp_path / "a", "badnet", runs | {"b3d": {"method": "b3d", "asr": 0.4, "repairs": False}})

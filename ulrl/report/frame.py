@@ -11,6 +11,7 @@ import pandas as pd
 
 from ulrl.errors import UserError, csv_cell
 from ulrl.files import whole_file
+from ulrl.metrics import took
 from ulrl.registry import nearest
 from ulrl.report.results import Run
 
@@ -58,7 +59,7 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
             "options": json.dumps(options), "settings": _settings(options) if defended else "",
             "record_settings": made,
             "origin": json.dumps([*of, made, maker["seed"]] if maker else [*of, r["record"]]),
-            "took": maker.get("took") if maker else None, "repairs": r.get("repairs", True),
+            "took": _took(r, maker), "repairs": r.get("repairs", True),
         }  # fmt: skip
         rows.append(row)
         if oracle := r.get("oracle"):  # chosen by looking at the test set: never the defense's own figure
@@ -71,6 +72,13 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
     numbers = {k: "float64" for k in (*FIGURES, "pratio", "ratio", "clean_samples")}
     frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean", "repairs": "bool"})
     return _with_repeats(frame)
+
+
+def _took(result: Mapping[str, Any], maker: Mapping[str, Any] | None) -> bool | None:
+    """As what made the record says; else, as of BackdoorBench's, what it was measured to be before the defense."""
+    if maker and maker.get("took") is not None:
+        return bool(maker["took"])
+    return took(result["before" if result["kind"] == "defense" else "after"]["asr"])
 
 
 def _with_repeats(frame: pd.DataFrame) -> pd.DataFrame:
