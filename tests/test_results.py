@@ -116,6 +116,23 @@ def test_methods_are_ranked_on_the_records_that_they_share(tmp_path: Path) -> No
     assert told[0] == "ranked on the 2 of 4 records that all 2 have; not ranked, on fewer than half of them: clp"
 
 
+def test_who_was_given_a_list_of_samples_is_no_rival_of_who_was_given_a_ratio(tmp_path: Path) -> None:
+    runs = {name: {"method": name, "asr": 0.2} for name in ("ulrl", "ft")}
+    listed = {"method": "ft", "asr": 0.0, "clean_samples": 500}
+    write_record(tmp_path / "a", "badnet", {
+        **runs, **{f"listed_{r}": {**listed, "options": {"index": "mine.txt", "ratio": r}} for r in (0.01, 0.05)},
+    })  # fmt: skip
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    assert [Path(run).name for run in frame.index[frame.repeat]] == ["listed_0.05"], "its ratio had no effect"
+    summary = summarise(frame, "defense").set_index(["defense", "variant"])
+    assert summary.ranked.to_dict() == {
+        ("no defense", ""): False, ("ulrl", ""): True, ("ft", "ratio 0.01, index -"): True,
+        ("ft", "ratio -, index mine.txt"): False,
+    }  # fmt: skip
+    best = best_of(summary.reset_index()).set_index(summary.index)
+    assert set(best[best.asr].index) == {("ulrl", ""), ("ft", "ratio 0.01, index -")}, "a tie"
+
+
 def test_nothing_is_ranked_without_a_record_that_all_have(tmp_path: Path) -> None:
     summary = summarise(rivals(tmp_path, {"a": {"ulrl": (0.5,)}, "b": {"ft": (0.4,)}}), "defense")
     assert not best_of(summary).any(axis=None)

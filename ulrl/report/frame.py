@@ -141,6 +141,8 @@ def _settings(options: Mapping[str, Any], record: bool = False) -> str:
     record: the options made one. Of the data set `folder`, the path is then what the data are.
     """
     dropped = _NO_SETTING - {"dataset_path"} if record and options.get("dataset") == "folder" else _NO_SETTING
+    if options.get("index") is not None:
+        dropped |= {"ratio"}  # it has no effect then
     kept = {name: value for name, value in options.items() if name not in dropped and value is not None}
     return json.dumps(kept, sort_keys=True)
 
