@@ -19,7 +19,7 @@ from PIL import Image
 from sweep_jobs import command, ends, noted, study
 
 from ulrl.cli import main
-from ulrl.sweep import grid, scheduler
+from ulrl.sweep import grid, local, scheduler
 from ulrl.sweep.cluster import RayEngine, _work
 from ulrl.sweep.grid import read_sweep
 from ulrl.sweep.jobs import Job, State, claim, reason, retry, state
@@ -216,6 +216,18 @@ def test_a_job_that_is_stopped_has_time_to_clear_away(shared_home: Path, engine:
         time.sleep(0.05)
     engine.close()
     assert noted(shared_home)["cleared slow"] == 1
+
+
+def test_what_a_deaf_job_has_half_written_is_taken_away(
+    shared_home: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_PATIENCE", 0.5)
+    for name in ("deaf", "learning"):
+        engine.start(sweep_jobs.Deaf(name=name, needs=None, alike=("attack",)))
+    wait_for(lambda: len(noted(shared_home)) == 2)
+    engine.close()
+    left = {str(path.relative_to(shared_home / "record")) for path in shared_home.glob("record/.*.partial/**")}
+    assert left == {".learning.partial", ".learning.partial/learned"}, "what the next try goes on from"
 
 
 def test_two_sweeps_at_once_share_the_jobs(shared_home: Path, engine: LocalEngine) -> None:
