@@ -184,6 +184,21 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
     assert browser.complaints() == []
 
 
+def test_headline_names_all_that_are_level(browser: Browser, tmp_path: Path) -> None:
+    for seed in range(2):
+        runs = {
+            "ulrl": {"asr": 0.0, "ra": 0.9},
+            "ft": {"method": "ft", "asr": 0.0},
+            "clp": {"method": "clp", "asr": 0.3},
+        }
+        write_record(tmp_path / "record" / f"r{seed}", "badnet", runs, seed=seed)
+    browser.start(report(tmp_path / "record", tmp_path / "report.html"))
+    said = browser.texts("#headline")[0]
+    assert "ft and ulrl share the lowest ASR (0.0 %); ulrl keeps the highest RA (90.0 %, 2 runs)" in said
+    assert "behind" not in said
+    assert browser.complaints() == []
+
+
 def test_intervals_are_those_of_student(browser: Browser, page: Path) -> None:
     from scipy.stats import t
 
