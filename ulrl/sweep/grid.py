@@ -20,10 +20,11 @@ from ulrl.configure import (
     defense_schema,
     options_of,
 )
-from ulrl.data.datasets import dataset_spec
+from ulrl.data.datasets import DATASETS, dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.files import find_input
+from ulrl.models.architectures import ARCHITECTURES
 from ulrl.registry import nearest
 from ulrl.shipped import options_file
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
@@ -87,7 +88,7 @@ def _jobs(content: Mapping[Any, Any]) -> list[Job]:
     attacks = _section(content.get("attacks"), "attacks", ("attack", "dataset"))
     defenses = None
     if "defenses" in content:
-        defenses = _section(content["defenses"], "defenses", ("defense",), tuple(attacks.axes))
+        defenses = _section(content["defenses"], "defenses", ("defense",), (*attacks.axes, "model"))
     count = len(attacks) * (1 + len(defenses) if defenses else 1)
     if count > MOST:
         raise UserError(f"its lists make {count} runs, more than the {MOST} that a sweep may have; divide it")
@@ -118,7 +119,7 @@ def _section(content: Any, where: str, required: Sequence[str], beside: Sequence
     for key in required:
         if key not in axes:
             raise UserError(f"{where}: the key {key} is missing")
-    known = (*axes, *beside, "model")
+    known = (*axes, *beside)
     if not isinstance(overrides, list) or not all(
         isinstance(o, dict) and set(o) == {"where", "set"} for o in overrides
     ):
@@ -147,9 +148,11 @@ def _rule(rule: Any, known: Sequence[str], where: str) -> dict[str, list[Any]]:
     named = _by_name(rule)
     _known(named, known, where)
     values = {key: value if isinstance(value, list) else [value] for key, value in named.items()}
-    for key, registry in (("attack", ATTACKS), ("defense", DEFENSES)):
-        for name in values.get(key, ()):
-            registry[name]  # a misspelt one is told, not passed over
+    named_ones = {"attack": ATTACKS, "defense": DEFENSES, "dataset": DATASETS, "model": ARCHITECTURES}
+    for key, there in named_ones.items():
+        for name in values.get(key, ()):  # a misspelt one is told, not passed over
+            if str(name) not in there:
+                raise UserError(f"unknown {key} {name!r} in {where}{nearest(str(name), list(there))}")
     return values
 
 
