@@ -150,6 +150,7 @@ def test_another_folder_of_images_is_another_record(empty_home: Path) -> None:
         ("attacks: {attack: badnet, dataset: digits, exclude: [{atack: sig}]}", ("atack", "attack")),
         ("attacks: {attack: badnet, dataset: digits, exclude: [{attack: sigg}]}", ("sigg", "sig")),
         ("attacks: {attack: badnet, dataset: digits, exclude: [{dataset: digit}]}", ("'digit'", "digits")),
+        ("attacks: {attack: badnet, dataset: digits, exclude: [{attack: [[sig]]}]}", ("['sig']", "exclude")),
         ("attacks: {attack: badnet, dataset: digits, exclude: [{model: preactresnet18}]}", ("'model'", "exclude")),
         ("attacks: {attack: badnet, dataset: digits, model: vgg19, exclude: [{model: vgg}]}", ("'vgg'", "vgg")),
         ("attacks: {attack: badnet, dataset: digits, overrides: [{attack: sig}]}", ("overrides", "where")),

@@ -148,11 +148,11 @@ def _rule(rule: Any, known: Sequence[str], where: str) -> dict[str, list[Any]]:
     named = _by_name(rule)
     _known(named, known, where)
     values = {key: value if isinstance(value, list) else [value] for key, value in named.items()}
-    named_ones = {"attack": ATTACKS, "defense": DEFENSES, "dataset": DATASETS, "model": ARCHITECTURES}
-    for key, there in named_ones.items():
-        for name in values.get(key, ()):  # a misspelt one is told, not passed over
-            if str(name) not in there:
-                raise UserError(f"unknown {key} {name!r} in {where}{nearest(str(name), list(there))}")
+    known_names = {"attack": [*ATTACKS], "defense": [*DEFENSES], "dataset": [*DATASETS], "model": [*ARCHITECTURES]}
+    for key, names in known_names.items():
+        for name in map(str, values.get(key, ())):
+            if name not in names:  # a misspelt one is told, not passed over
+                raise UserError(f"unknown {key} {name!r} in {where}{nearest(name, names)}")
     return values
 
 
