@@ -94,6 +94,14 @@ def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFi
     assert all(f"\n  {name} " in said for name in COMMANDS)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([name, "--help"])
+    assert left.value.code == 0
+    assert f"ulrl {name}" in capsys.readouterr().out
+
+
 def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As an attack does; a comparison reads what is there."""
     file = tiny_home / "record" / "tiny" / "defense" / "ft" / "result.json"
