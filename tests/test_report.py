@@ -370,6 +370,20 @@ def test_text_can_be_read_in_the_dark_and_in_the_light(feature: tuple[str, str],
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+def test_cells_of_the_heat_map_can_be_read_at_any_value(browser: Browser, tmp_path: Path) -> None:
+    for seed, asr in enumerate((0.42, 0.46, 0.48, 0.5, 0.55)):
+        write_record(tmp_path / "record" / f"r{seed}", f"attack{seed}", {"ulrl": {"asr": asr}})
+    browser.start(report(tmp_path / "record", tmp_path / "report.html"))
+    cells = browser.run(
+        "[...document.querySelectorAll('#heat td a')].map((e) => [e.style.color, e.style.background].map((colour) => {"
+        "e.style.color = colour; return getComputedStyle(e).color; }))"
+    )
+    assert len(cells) == 10
+    for cell in cells:
+        light, dark = sorted(map(luminance, cell), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, cell
+
+
 COLOURS_OF = """(() => {
     let e = document.querySelector(arguments[0]);
     const style = getComputedStyle(e), ink = e instanceof SVGElement ? style.fill : style.color;
