@@ -125,6 +125,15 @@ def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.Ca
     assert times[0] == times[1] == times[2] < times[3]
 
 
+def test_a_defense_that_is_named_twice_is_compared_once(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main("compare tiny --defenses clp,clp --ratio 0.1 --device cpu".split())
+    assert left.value.code == 0
+    said = capsys.readouterr()
+    assert "lay in the record already" not in said.out
+    assert "is there already" not in said.err
+
+
 def test_show_says_what_a_record_holds(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         defense_main("ft", "--result_file tiny --epochs 1 --device cpu --ratio 0.1".split())
