@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ulrl.files import home
+from ulrl.files import home, whole_folder
 from ulrl.sweep.jobs import Job
 from ulrl.sweep.local import LocalEngine
 from ulrl.sweep.scheduler import run_jobs
@@ -42,6 +43,23 @@ class Slow(Job):
         finally:
             time.sleep(2)
             note(f"cleared {self.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deaf(Job):
+    """A job that does not hear that it is to end, as where Python swallows an interrupt; it has written a half."""
+
+    keep = "learned"
+
+    def work(self) -> None:
+        with whole_folder(self.folder, overwrite=False, keep=self.keep) as partial:
+            (partial / "half").touch()
+            if self.name == "learning":
+                (partial / self.keep).mkdir()
+            note(f"begin {self.name}")
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):
+                    time.sleep(600)
 
 
 def note(line: str) -> None:

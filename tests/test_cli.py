@@ -94,6 +94,14 @@ def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFi
     assert all(f"\n  {name} " in said for name in COMMANDS)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([name, "--help"])
+    assert left.value.code == 0
+    assert f"ulrl {name}" in capsys.readouterr().out
+
+
 def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As an attack does; a comparison reads what is there."""
     file = tiny_home / "record" / "tiny" / "defense" / "ft" / "result.json"
@@ -115,6 +123,15 @@ def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.Ca
         times.append(compared.stat().st_mtime_ns)
     assert codes == [0, 0, 2, 0]
     assert times[0] == times[1] == times[2] < times[3]
+
+
+def test_a_defense_that_is_named_twice_is_compared_once(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main("compare tiny --defenses clp,clp --ratio 0.1 --device cpu".split())
+    assert left.value.code == 0
+    said = capsys.readouterr()
+    assert "lay in the record already" not in said.out
+    assert "is there already" not in said.err
 
 
 def test_show_says_what_a_record_holds(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

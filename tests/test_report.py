@@ -184,6 +184,21 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
     assert browser.complaints() == []
 
 
+def test_headline_names_all_that_are_level(browser: Browser, tmp_path: Path) -> None:
+    for seed in range(2):
+        runs = {
+            "ulrl": {"asr": 0.0, "ra": 0.9},
+            "ft": {"method": "ft", "asr": 0.0},
+            "clp": {"method": "clp", "asr": 0.3},
+        }
+        write_record(tmp_path / "record" / f"r{seed}", "badnet", runs, seed=seed)
+    browser.start(report(tmp_path / "record", tmp_path / "report.html"))
+    said = browser.texts("#headline")[0]
+    assert "ft and ulrl share the lowest ASR (0.0 %); ulrl keeps the highest RA (90.0 %, 2 runs)" in said
+    assert "behind" not in said
+    assert browser.complaints() == []
+
+
 def test_intervals_are_those_of_student(browser: Browser, page: Path) -> None:
     from scipy.stats import t
 
@@ -353,6 +368,20 @@ def test_text_can_be_read_in_the_dark_and_in_the_light(feature: tuple[str, str],
             assert (light + 0.05) / (dark + 0.05) >= 4.5, selector
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_cells_of_the_heat_map_can_be_read_at_any_value(browser: Browser, tmp_path: Path) -> None:
+    for seed, asr in enumerate((0.42, 0.46, 0.48, 0.5, 0.55)):
+        write_record(tmp_path / "record" / f"r{seed}", f"attack{seed}", {"ulrl": {"asr": asr}})
+    browser.start(report(tmp_path / "record", tmp_path / "report.html"))
+    cells = browser.run(
+        "[...document.querySelectorAll('#heat td a')].map((e) => [e.style.color, e.style.background].map((colour) => {"
+        "e.style.color = colour; return getComputedStyle(e).color; }))"
+    )
+    assert len(cells) == 10
+    for cell in cells:
+        light, dark = sorted(map(luminance, cell), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, cell
 
 
 COLOURS_OF = """(() => {

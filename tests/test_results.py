@@ -116,6 +116,23 @@ def test_methods_are_ranked_on_the_records_that_they_share(tmp_path: Path) -> No
     assert told[0] == "ranked on the 2 of 4 records that all 2 have; not ranked, on fewer than half of them: clp"
 
 
+def test_who_was_given_a_list_of_samples_is_no_rival_of_who_was_given_a_ratio(tmp_path: Path) -> None:
+    runs = {name: {"method": name, "asr": 0.2} for name in ("ulrl", "ft")}
+    listed = {"method": "ft", "asr": 0.0, "clean_samples": 500}
+    write_record(tmp_path / "a", "badnet", {
+        **runs, **{f"listed_{r}": {**listed, "options": {"index": "mine.txt", "ratio": r}} for r in (0.01, 0.05)},
+    })  # fmt: skip
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    assert [Path(run).name for run in frame.index[frame.repeat]] == ["listed_0.05"], "its ratio had no effect"
+    summary = summarise(frame, "defense").set_index(["defense", "variant"])
+    assert summary.ranked.to_dict() == {
+        ("no defense", ""): False, ("ulrl", ""): True, ("ft", "ratio 0.01, index -"): True,
+        ("ft", "ratio -, index mine.txt"): False,
+    }  # fmt: skip
+    best = best_of(summary.reset_index()).set_index(summary.index)
+    assert set(best[best.asr].index) == {("ulrl", ""), ("ft", "ratio 0.01, index -")}, "a tie"
+
+
 def test_nothing_is_ranked_without_a_record_that_all_have(tmp_path: Path) -> None:
     summary = summarise(rivals(tmp_path, {"a": {"ulrl": (0.5,)}, "b": {"ft": (0.4,)}}), "defense")
     assert not best_of(summary).any(axis=None)
@@ -141,6 +158,16 @@ def test_the_same_record_under_two_names_is_one(tmp_path: Path) -> None:
     frame = frame_of_runs(find_runs(tmp_path)[0])
     assert summarise(frame, "defense").n.tolist() == [1, 1, 1]
     assert summarise(select(frame, "record=b"), "defense").n.tolist() == [1, 1, 1], "alone it repeats none"
+
+
+def test_folders_of_images_are_data_sets_of_their_own(tmp_path: Path) -> None:
+    for name, asr in (("photos", 0.1), ("drawings", 0.5)):
+        options = {"dataset": "folder", "dataset_path": name, "pratio": 0.1}
+        write_record(tmp_path / name, "badnet", {"ulrl": {"asr": asr}}, dataset="folder", options=options)
+    frame = frame_of_runs(find_runs(tmp_path)[0])
+    assert not frame.repeat.any()
+    lines = summarise(frame[frame.kind == "defense"], "dataset,model,attack,defense").set_index("record_variant")
+    assert lines.asr_mean.to_dict() == {"dataset_path drawings": 0.5, "dataset_path photos": 0.1}
 
 
 def test_other_options_of_records_are_other_lines_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +202,19 @@ def test_a_backdoor_that_did_not_take_is_told_and_not_ranked(
     printed = say(capsys, "results", str(tmp_path))
     assert printed.count("sig (did not take)") == 3
     assert "did not take, nothing is ranked" in printed
+
+
+def test_a_backdoor_of_another_s_making_is_judged_by_the_figures_before(tmp_path: Path) -> None:
+    """A record of BackdoorBench's has no `result.json` that says whether its backdoor took."""
+    for record, asr in (("dud", 0.03), ("good", 0.9)):
+        before = {"acc": 0.9, "asr": asr, "ra": 0.5}
+        for method in ("ulrl", "ft"):
+            ran = result(method=method, record=record, before=before, asr=asr / 9)
+            write(tmp_path / record / "defense" / method, ran)
+    summary = summarise(frame_of_runs(find_runs(tmp_path)[0]), "defense")
+    assert summary[~summary.failed].asr_mean.tolist() == [pytest.approx(0.1)] * 2
+    assert summary[summary.failed].records.tolist() == [1, 1]
+    assert not summary[summary.failed].ranked.any()
 
 
 def test_what_only_finds_is_not_ranked_among_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import sweep_jobs
 from manners import refused
+from PIL import Image
 from sweep_jobs import command, ends, noted, study
 
 from ulrl.cli import main
-from ulrl.sweep import grid, scheduler
+from ulrl.sweep import grid, local, scheduler
 from ulrl.sweep.cluster import RayEngine, _work
 from ulrl.sweep.grid import read_sweep
 from ulrl.sweep.jobs import Job, State, claim, reason, retry, state
@@ -118,6 +119,19 @@ def test_a_name_tells_options_that_change_a_result_and_no_others(empty_home: Pat
     assert len({plain, name(", epochs: 11"), name(", width: 4"), name(", random_seed: 1"), name(", target: 1")}) == 5
 
 
+def test_another_folder_of_images_is_another_record(empty_home: Path) -> None:
+    def name(folder: Path | str) -> str:
+        section = f"{{attack: badnet, dataset: folder, dataset_path: {folder}, img_size: 16}}"
+        return read_sweep(written(f"attacks: {section}"))[0].name
+
+    for folder in ("photos", "drawings"):
+        for part in ("train/a", "train/b", "test/a", "test/b"):
+            Path(folder, part).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(Path(folder, part, "0.png"))
+    assert name("photos") != name("drawings")
+    assert name("photos") == name(Path("photos").resolve())
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -135,6 +149,10 @@ def test_a_name_tells_options_that_change_a_result_and_no_others(empty_home: Pat
         ("attacks: {attack: badnet, dataset: digits, device: 'cuda:1'}", ("cuda:1", "shares out")),
         ("attacks: {attack: badnet, dataset: digits, exclude: [{atack: sig}]}", ("atack", "attack")),
         ("attacks: {attack: badnet, dataset: digits, exclude: [{attack: sigg}]}", ("sigg", "sig")),
+        ("attacks: {attack: badnet, dataset: digits, exclude: [{dataset: digit}]}", ("'digit'", "digits")),
+        ("attacks: {attack: badnet, dataset: digits, exclude: [{attack: [[sig]]}]}", ("['sig']", "exclude")),
+        ("attacks: {attack: badnet, dataset: digits, exclude: [{model: preactresnet18}]}", ("'model'", "exclude")),
+        ("attacks: {attack: badnet, dataset: digits, model: vgg19, exclude: [{model: vgg}]}", ("'vgg'", "vgg")),
         ("attacks: {attack: badnet, dataset: digits, overrides: [{attack: sig}]}", ("overrides", "where")),
         ("attacks: {attack: badnet, dataset: digits}\ndefenses: {defense: ft, model: vgg}", ("model", "record's")),
         ("attacks: {attack: badnet, dataset: digits}\ndefenses: {ratio: 0.1}", ("defense", "missing")),
@@ -202,6 +220,18 @@ def test_a_job_that_is_stopped_has_time_to_clear_away(shared_home: Path, engine:
         time.sleep(0.05)
     engine.close()
     assert noted(shared_home)["cleared slow"] == 1
+
+
+def test_what_a_deaf_job_has_half_written_is_taken_away(
+    shared_home: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_PATIENCE", 0.5)
+    for name in ("deaf", "learning"):
+        engine.start(sweep_jobs.Deaf(name=name, needs=None, alike=("attack",)))
+    wait_for(lambda: len(noted(shared_home)) == 2)
+    engine.close()
+    left = {str(path.relative_to(shared_home / "record")) for path in shared_home.glob("record/.*.partial/**")}
+    assert left == {".learning.partial", ".learning.partial/learned"}, "what the next try goes on from"
 
 
 def test_two_sweeps_at_once_share_the_jobs(shared_home: Path, engine: LocalEngine) -> None:

@@ -113,7 +113,7 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
     Raises:
         UserError: `folder` exists and `overwrite` is false, or another run is writing it.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial(folder)
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists() and not overwrite:
         raise _exists(folder)
@@ -144,6 +144,17 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
         _remove(replaced)
     finally:
         os.close(lock)  # last: until then, no other run touches what is under these names
+
+
+def clear_away(folder: Path, keep: str = "") -> None:
+    """Take away what a run of that name that was killed has half written, but for `keep`; not from another run."""
+    if _partial(folder).exists():
+        with contextlib.suppress(UserError, InterruptedError), whole_folder(folder, overwrite=True, keep=keep):
+            raise InterruptedError
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _exists(folder: Path) -> UserError:

@@ -14,6 +14,9 @@ def list_(argv: Sequence[str]) -> None:
     if list(argv) == ["configs"]:
         print("\n".join(shipped_files()))
         return
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: ulrl list [configs]. What there is, or the names of the options files that come with ulrl.")
+        return
     if argv:
         raise UserError(f"ulrl list takes nothing or `configs`, and {argv[0]!r} is neither")
     from rich.table import Table

@@ -98,7 +98,7 @@ def compare(argv: Sequence[str]) -> None:
             raise UserError(f"--{flag} would have no effect: {why}; leave it out")
     comparison = schema.merge(("flag", flags))[0].build(Comparison)
     shared = {k: v for k, v in flags.items() if k not in ("defenses", "seeds")}
-    names = [name.strip() for name in comparison.defenses.split(",")]
+    names = list(dict.fromkeys(name.strip() for name in comparison.defenses.split(",")))
     for name in names:
         method("defense", name)  # an unknown one is told before any has run
     folder = record_folder(named)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from ulrl.errors import UserError, csv_cell
 from ulrl.files import whole_file
+from ulrl.metrics import took
 from ulrl.registry import nearest
 from ulrl.report.results import Run
 
@@ -44,6 +45,7 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
     for r, maker in zip(results, makers or [None] * len(results), strict=True):
         options, defended = r["options"], r["kind"] == "defense"
         maker = maker if defended else r
+        made = _settings(maker["options"], record=True) if maker else ""
         of = [r["dataset"], r["model"], r["attack"]]
         row = {
             "kind": r["kind"], "dataset": r["dataset"], "model": r["model"], "attack": r["attack"],
@@ -55,9 +57,9 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
             "der": r["der"], "seconds": r["seconds"]["total"] - r["seconds"]["judge"],
             "clean_samples": r["clean_samples"], "flagged": " ".join(map(str, r["flagged"])),
             "options": json.dumps(options), "settings": _settings(options) if defended else "",
-            "record_settings": _settings(maker["options"]) if maker else "",
-            "origin": json.dumps([*of, _settings(maker["options"]), maker["seed"]] if maker else [*of, r["record"]]),
-            "took": maker.get("took") if maker else None, "repairs": r.get("repairs", True),
+            "record_settings": made,
+            "origin": json.dumps([*of, made, maker["seed"]] if maker else [*of, r["record"]]),
+            "took": _took(r, maker), "repairs": r.get("repairs", True),
         }  # fmt: skip
         rows.append(row)
         if oracle := r.get("oracle"):  # chosen by looking at the test set: never the defense's own figure
@@ -70,6 +72,13 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
     numbers = {k: "float64" for k in (*FIGURES, "pratio", "ratio", "clean_samples")}
     frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean", "repairs": "bool"})
     return _with_repeats(frame)
+
+
+def _took(result: Mapping[str, Any], maker: Mapping[str, Any] | None) -> bool | None:
+    """As what made the record says; else, as of BackdoorBench's, what it was measured to be before the defense."""
+    if maker and maker.get("took") is not None:
+        return bool(maker["took"])
+    return took(result["before" if result["kind"] == "defense" else "after"]["asr"])
 
 
 def _with_repeats(frame: pd.DataFrame) -> pd.DataFrame:
@@ -126,9 +135,15 @@ def export_frame(frame: pd.DataFrame, path: Path) -> None:
             frame.to_parquet(partial)
 
 
-def _settings(options: Mapping[str, Any]) -> str:
-    """What was run, whatever its seed: the same text for the same options; what is None may as well be absent."""
-    kept = {name: value for name, value in options.items() if name not in _NO_SETTING and value is not None}
+def _settings(options: Mapping[str, Any], record: bool = False) -> str:
+    """What was run, whatever its seed: the same text for the same options; what is None may as well be absent.
+
+    record: the options made one. Of the data set `folder`, the path is then what the data are.
+    """
+    dropped = _NO_SETTING - {"dataset_path"} if record and options.get("dataset") == "folder" else _NO_SETTING
+    if options.get("index") is not None:
+        dropped |= {"ratio"}  # it has no effect then
+    kept = {name: value for name, value in options.items() if name not in dropped and value is not None}
     return json.dumps(kept, sort_keys=True)
 
 

@@ -231,7 +231,7 @@ def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str, paper: boo
     places = 0 if paper else 1  # in a column's cells three digits find room, and beyond 10 columns none
     for (i, j), value in np.ndenumerate(100 * table.to_numpy()):
         if not np.isnan(value) and not (paper and across > 10):
-            colour = "black" if value > 50 else "white"
+            colour = "black" if value > 47 else "white"  # where both are read as well
             ax.text(j + 0.5, i + 0.5, f"{value:.{places}f}", ha="center", va="center", fontsize=7, color=colour)
     ticks = np.arange(across) + 0.5
     ax.set_xticks(ticks, map(_plain, table.columns), rotation=40, ha="right", rotation_mode="anchor", fontsize=8)

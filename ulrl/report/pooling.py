@@ -46,7 +46,8 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
         record_variant=variants(frame.attack, frame.record_settings, keys) if of_block else "",
     )
     blocks = [key for key in keys if key != "defense"] + [*of_block, "failed"]
-    if of_line and frame.ratio.nunique() > 1:  # who has more clean samples is no rival
+    ratios = frame.ratio[frame.kind == "defense"]  # unknown where the samples were listed
+    if of_line and ratios.nunique(dropna=False) > 1:  # who has more clean samples is no rival
         blocks = list(dict.fromkeys([*blocks, "ratio"]))
     rows: list[dict[str, Any]] = []
     for rivalry, (_, block) in enumerate(frame.groupby(blocks, sort=False, dropna=False)):

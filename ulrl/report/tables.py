@@ -119,7 +119,6 @@ def comparison_table(record: str, results: list[dict[str, Any]], found: int) -> 
     were not run now. They may have come with a stranger's record, so that is said below.
     """
     runs = frame_of(results)
-    runs["took"] = took(results[0]["before"]["asr"]) is not False
     before = runs.iloc[:1].assign(
         kind="attack", defense=NO_DEFENSE, settings="", der=math.nan, seconds=math.nan, **results[0]["before"]
     )

@@ -20,9 +20,11 @@ from ulrl.configure import (
     defense_schema,
     options_of,
 )
-from ulrl.data.datasets import dataset_spec
+from ulrl.data.datasets import DATASETS, dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
+from ulrl.files import find_input
+from ulrl.models.architectures import ARCHITECTURES
 from ulrl.registry import nearest
 from ulrl.shipped import options_file
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
@@ -86,7 +88,7 @@ def _jobs(content: Mapping[Any, Any]) -> list[Job]:
     attacks = _section(content.get("attacks"), "attacks", ("attack", "dataset"))
     defenses = None
     if "defenses" in content:
-        defenses = _section(content["defenses"], "defenses", ("defense",), tuple(attacks.axes))
+        defenses = _section(content["defenses"], "defenses", ("defense",), (*attacks.axes, "model"))
     count = len(attacks) * (1 + len(defenses) if defenses else 1)
     if count > MOST:
         raise UserError(f"its lists make {count} runs, more than the {MOST} that a sweep may have; divide it")
@@ -117,7 +119,7 @@ def _section(content: Any, where: str, required: Sequence[str], beside: Sequence
     for key in required:
         if key not in axes:
             raise UserError(f"{where}: the key {key} is missing")
-    known = (*axes, *beside, "model")
+    known = (*axes, *beside)
     if not isinstance(overrides, list) or not all(
         isinstance(o, dict) and set(o) == {"where", "set"} for o in overrides
     ):
@@ -146,9 +148,11 @@ def _rule(rule: Any, known: Sequence[str], where: str) -> dict[str, list[Any]]:
     named = _by_name(rule)
     _known(named, known, where)
     values = {key: value if isinstance(value, list) else [value] for key, value in named.items()}
-    for key, registry in (("attack", ATTACKS), ("defense", DEFENSES)):
-        for name in values.get(key, ()):
-            registry[name]  # a misspelt one is told, not passed over
+    known_names = {"attack": [*ATTACKS], "defense": [*DEFENSES], "dataset": [*DATASETS], "model": [*ARCHITECTURES]}
+    for key, names in known_names.items():
+        for name in map(str, values.get(key, ())):
+            if name not in names:  # a misspelt one is told, not passed over
+                raise UserError(f"unknown {key} {name!r} in {where}{nearest(name, names)}")
     return values
 
 
@@ -185,7 +189,9 @@ def _attack_job(options: Cell) -> AttackJob:
     words = (
         attack.name, run.dataset, run.model, f"p{attack.pratio:g}", f"t{attack.attack_target}", f"s{run.random_seed}"
     )  # fmt: skip
-    name = _name(words, options_of(attack, run, training))
+    # Of the data set `folder`, the path is what the data are.
+    data = {"data": str(find_input(run.dataset_path, shipped=False).resolve())} if run.dataset == "folder" else {}
+    name = _name(words, options_of(attack, run, training) | data)
     alike = ("attack", attack.name, run.dataset)
     return AttackJob(name=name, needs=None, alike=alike, device=device, attack=attack, run=run, training=training)
 

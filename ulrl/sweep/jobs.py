@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import torch
 
@@ -29,7 +29,7 @@ from ulrl.errors import LineFormatter, UserError, one_line
 from ulrl.files import home, open_lock
 from ulrl.record import find_record
 from ulrl.report.pictures import draw
-from ulrl.runs.attacking import run_attack
+from ulrl.runs.attacking import LEARNED, run_attack
 from ulrl.runs.defending import run_defense
 from ulrl.training import TrainOptions
 from ulrl.untrusted.opening import opened
@@ -61,6 +61,8 @@ class Job:
     device: str = "auto"
     small: bool = False
 
+    keep: ClassVar[str] = ""  # sub-folder of a half-written one that the next try goes on from
+
     def work(self) -> None:
         """Make the folder, `result.json` last."""
         raise NotImplementedError
@@ -90,6 +92,7 @@ class AttackJob(Job):
     attack: Attack
     run: AttackRun
     training: TrainOptions
+    keep = LEARNED
 
     def work(self) -> None:
         run = replace(self.run, save_folder_name=self.folder.name)

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from ulrl.files import home
+from ulrl.files import clear_away, home
 from ulrl.sweep.jobs import Job, attempt
 
 _STOPS = {signal.SIGINT, signal.SIGTERM}
@@ -76,15 +76,18 @@ class LocalEngine:
         return ended
 
     def close(self) -> None:
-        """End what still runs, once it has taken away what it has half written."""
-        processes = [process for process, _, _ in self._running.values()]
-        for process in processes:
+        """End what still runs, once it has taken away what it has half written; what it has not, is taken away here.
+
+        It may not have heard: Python swallows what is raised in a callback, as importing a module runs some.
+        """
+        for process, _, _ in self._running.values():
             process.terminate()
         end = time.monotonic() + _PATIENCE
-        for process in processes:
+        for process, job, _ in self._running.values():
             process.join(max(0, end - time.monotonic()))
             process.kill()
             process.join()
+            clear_away(job.folder, job.keep)
 
     def _share(self, job: Job) -> int:
         return 0 if job.device == "cpu" else 1 if job.small else self._per_gpu

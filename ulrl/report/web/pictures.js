@@ -82,6 +82,6 @@ function heatCell(line, metric, title) {
     "aria-label": `${lineName(line)} on ${text(line.attack)}: ${title} ${number(line[metric])} %${metric === "asr" ? `, RA ${number(line.ra)} %` : ""}, ${plural(line.n, "run")}` },
   (100 * line[metric]).toFixed(1), metric === "asr" ? h("small", {}, line.ra == null ? "–" : (100 * line.ra).toFixed(1)) : "");
   link.style.background = colours[Math.round(line[metric] * (colours.length - 1))];
-  link.style.color = line[metric] > 0.5 ? "#000" : "#fff";
+  link.style.color = line[metric] > 0.47 ? "#000" : "#fff"; // where both are read as well on the scale
   return h("td", {}, link);
 }

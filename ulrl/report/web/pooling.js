@@ -65,18 +65,19 @@ function headline(blocks) {
   const { lines, shared } = blocks.reduce((a, b) => (many(b) > many(a) ? b : a), { lines: [], shared: new Set() });
   const ranked = lines.filter((line) => line.ranked);
   if (!ranked.length) return [];
-  const words = { asr: "leaves the lowest ASR", ra: "keeps the highest RA", der: "has the best DER" };
-  const winners = group(Object.keys(words).filter((key) => ranked.some((line) => line[key + "_best"])), (key) => lineName(ranked.find((line) => line[key + "_best"])));
+  const words = { asr: ["leaves", "lowest ASR"], ra: ["keeps", "highest RA"], der: ["has", "best DER"] };
+  const best = (key) => ranked.filter((line) => line[key + "_best"]);
+  const winners = group(Object.keys(words).filter((key) => best(key).length), (key) => best(key).map(lineName).join(" and "));
   const parts = [...winners].map(([name, keys]) => {
-    const line = ranked.find((one) => lineName(one) === name);
-    return [h("b", {}, name), " " + keys.map((key, i) => `${words[key]} (${percent(line[key])}${i ? "" : ", " + plural(line.n, "run")})`).join(" and ")];
+    const [line, level] = best(keys[0]); // none of several that are level is the best
+    return [h("b", {}, name), " " + keys.map((key, i) => `${level ? "share" : words[key][0]} the ${words[key][1]} (${percent(line[key])}${i || level ? "" : ", " + plural(line.n, "run")})`).join(" and ")];
   });
   const where = shared.size > 1 ? `on ${shared.size} shared records, ` : `on the record ${ranked[0].record}, `, ratio = withRatio(ranked);
   return [ratio ? ratio.replace(":", ",") + where : "O" + where.slice(1), ...parts.flatMap((part, i) => [i ? "; " : "", ...part]), ". ", ahead(ranked, shared)];
 }
 function ahead(ranked, shared) {
   const [first, second] = ranked.filter((line) => line.asr != null).sort((a, b) => a.asr - b.asr);
-  if (!second || shared.size < 2) return "";
+  if (!second || shared.size < 2 || first.asr === second.asr) return "";
   const of = (line, origin) => { const known = line.runs.filter((run) => run.origin === origin && run.asr != null).map((run) => run.asr); return known.length ? mean(known) : null; };
   const gaps = [...shared].map((origin) => [of(second, origin), of(first, origin)]).filter(([a, b]) => a != null && b != null).map(([a, b]) => a - b);
   const half = halfInterval(gaps), gap = mean(gaps), points = (value) => (100 * value).toFixed(1).replace("-", "−");
