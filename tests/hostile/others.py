@@ -60,11 +60,15 @@ def weights() -> Iterator[Case]:
         ("nested", torch.nested.nested_tensor([eye, eye]), "nested"),
         ("on meta", torch.empty(2, device="meta"), "meta"),
         ("NaN", torch.full((2,), float("nan")), "NaN"),
+        ("NaN of 8 bits", torch.full((2,), float("nan")).to(torch.float8_e4m3fn), "NaN"),
+        ("too large for a model", torch.full((2,), 1e300, dtype=torch.float64), "infinity"),
         ("a text", "\x1b[2J", "is a str"),
         ("a list", [1, 2], "is a list"),
         ("of another shape", torch.zeros(10**6), "1.bias"),
     ):
         yield case(name, saved({**good, "1.bias": odd}), word, slow=name not in ("sparse", "NaN"))
+    yield case("of the same megabyte, 30,000", saved(dict.fromkeys(map(str, range(30_000)), torch.zeros(1 << 18))),
+               "the same bytes")  # fmt: skip
     yield case("named by numbers", saved({1: eye, None: eye}), "w.pt")
     yield case("named by escape codes", saved({**good, "\x1b]0;\x07\u202e": eye}), "x1b")
     yield case("a number", saved(3), "no state_dict", slow=True)
@@ -78,6 +82,17 @@ def weights() -> Iterator[Case]:
         ("an offset beyond", _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1 << 40]}})),
         ("a shape beyond", _header({"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 8]}}) + bytes(8)),
         ("a type of tomorrow", _header({"a": {"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}}) + bytes(8)),
+        ("65 dimensions", _header({"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}) + bytes(4)),
+        (
+            "numbers of 4 bits",
+            _header(
+                {
+                    "1.weight": {"dtype": "F4", "shape": [2, 96], "data_offsets": [0, 96]},
+                    "1.bias": {"dtype": "F32", "shape": [2], "data_offsets": [96, 104]},
+                }
+            )
+            + bytes(104),
+        ),
         ("cut", save_safetensors(good)[:-9]),
         ("nothing", b""),
     ):
