@@ -69,6 +69,14 @@ def weights() -> Iterator[Case]:
         yield case(name, saved({**good, "1.bias": odd}), word, slow=name not in ("sparse", "NaN"))
     yield case("of the same megabyte, 30,000", saved(dict.fromkeys(map(str, range(30_000)), torch.zeros(1 << 18))),
                "the same bytes")  # fmt: skip
+    empty = torch.empty(0, 3, 3)
+    for name, old, new, word in (
+        ("with an end beyond", b"QK\x00", b"Q" + pickles.integer(2**70), "1.bias"),
+        ("of a size beyond", b"K\x03K\x03\x87", pickles.integer(2**61) * 2 + b"\x87", "without a size"),
+    ):
+        yield Case(f"weights of nothing, {name}", lambda p, o=old, n=new: (
+            own(p), put(p.home / "w.pt", saved({"1.bias": empty})),
+            pickles.rewritten(p.home / "w.pt", lambda b: b.replace(o, n))), [*PURIFY, "w.pt"], ("--weights", word))  # fmt: skip
     yield case("named by numbers", saved({1: eye, None: eye}), "w.pt")
     yield case("named by escape codes", saved({**good, "\x1b]0;\x07\u202e": eye}), "x1b")
     yield case("a number", saved(3), "no state_dict", slow=True)

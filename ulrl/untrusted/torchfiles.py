@@ -152,6 +152,8 @@ class _Decoder:
         kind = getattr(torch, dtype, None)
         if not isinstance(kind, torch.dtype):
             return Other(f"a tensor of type {dtype}")
+        if 0 in shape:  # then its place is not looked at
+            return torch.empty(shape, dtype=kind)
         if key not in self._storages:
             self._storages[key] = self._read(*self._places[key])
         return self._storages[key].view(kind).as_strided(shape, stride, offset)
