@@ -277,6 +277,14 @@ def results() -> Iterator[Case]:
             make(place.home / "results" / "bad" / "result.json")
 
         yield Case(f"a run's result.json is {name}", plant, ["results", "results"], exits=(0,), slow=name == "a folder")
+    for name, text in (
+        ("below a blank line", "\n" + "a," * 1_000_000 + "\n"),
+        ("below a name with a line break", '"a\n"' + ",a" * 1_000_000 + "\n"),
+        ("in the first line of numbers", "class,z\n" + "1," * 1_000_000 + "\n"),
+    ):
+        yield Case(f"a table with a million columns {name}", lambda p, t=text: put(fabricated.write(
+                   p.home / "results/g/defense/u", fabricated.result()) / "neurons.csv", t),
+                   ["plot", "ranking", "results/g/defense/u", "--out", "r.png"], ("ranks neurons",))  # fmt: skip
     for argv, word in (
         (["results", "results", "--export", "no/such/folder.csv"], "folder"),
         (["results", "results", "--export", "results/x.csv/y.csv"], "folder"),
