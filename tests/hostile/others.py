@@ -78,6 +78,7 @@ def weights() -> Iterator[Case]:
             own(p), put(p.home / "w.pt", saved({"1.bias": empty})),
             pickles.rewritten(p.home / "w.pt", lambda b: b.replace(o, n))), [*PURIFY, "w.pt"], ("--weights", word))  # fmt: skip
     yield case("named by numbers", saved({1: eye, None: eye}), "w.pt")
+    yield case("named by half a surrogate", saved({**good, "\ud800": eye}), "no text")
     yield case("named by escape codes", saved({**good, "\x1b]0;\x07\u202e": eye}), "x1b")
     yield case("a number", saved(3), "no state_dict", slow=True)
     yield case("nothing", b"", "no readable torch file", slow=True)

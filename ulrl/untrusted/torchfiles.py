@@ -168,4 +168,5 @@ class _Decoder:
         return storage
 
     def _array(self, code: str, shape: list[int], offset: int, nbytes: int) -> np.ndarray[Any, Any]:
-        return np.frombuffer(self._blob[offset : offset + nbytes], code).reshape(shape)
+        array = np.frombuffer(self._blob[offset : offset + nbytes], code).reshape(shape)
+        return array.astype(f"={code[1:]}", copy=False)  # in this machine's order of bytes

@@ -55,6 +55,8 @@ def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, 
         if not isinstance(weight, torch.Tensor) or weight.is_complex():
             found = weight.what if isinstance(weight, Other) else f"a {type(weight).__name__}"
             raise _no_weights(file, name, found)
+        if not name.isprintable():
+            raise _no_weights(file, name, "no text")
         stored[weight.untyped_storage().data_ptr()] = weight.untyped_storage().nbytes()
     if sum(weight.nbytes for weight in weights.values()) > TIED * sum(stored.values()):
         raise UserError(f"{file} gives over {TIED} weights the same bytes, as no model does; do not trust it")
