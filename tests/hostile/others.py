@@ -84,6 +84,9 @@ def weights() -> Iterator[Case]:
     yield case("nothing", b"", "no readable torch file", slow=True)
     yield case("an empty mapping", saved({}), "no state_dict")
     yield case("a module", saved(torch.nn.Linear(1, 1)), "asks to run")
+    program = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)), program)
+    yield case("a TorchScript program", program.getvalue(), "TorchScript")
     yield case("cut", saved(good)[:-90], "no readable torch file")
     for name, header in (
         ("a header of 2^63", b"\xff" * 8),
