@@ -180,6 +180,9 @@ def test_a_records_repair_in_one_line(tiny_home: Path) -> None:
     assert "found in the record" not in repr(result)
     with pytest.raises(ulrl.UserError, match="--overwrite"):
         ulrl.purify_record("tiny", method="ft", epochs=2, device="cpu", ratio=0.1, progress=False)
+    (result.folder / "ft_df.csv").unlink()  # as of a result that a stranger made up
+    with pytest.raises(ulrl.UserError, match=r"ft_df\.csv"):
+        ulrl.purify_record("tiny", method="ft", epochs=1, device="cpu", ratio=0.1, progress=False)
 
 
 def test_a_run_that_is_killed_at_its_pictures_is_not_there_and_one_without_them_is(

@@ -61,6 +61,20 @@ def test_a_record_without_a_pickle_is_the_same_record_and_back(record: Record) -
     refused(lambda: convert(record, ConvertOptions(out="../x")), "--out")
 
 
+def test_what_lies_beside_the_samples_does_not_matter(record: Record) -> None:
+    """In the other spelling are the samples that can be opened, and nothing that was never looked at."""
+    content = torch.load(record.folder / PICKLE, weights_only=False)
+    for state in (content["bd_train"], content["bd_test"]):
+        state["original_index_array"] = state["original_index_array"].astype(">i8")
+        state["poison_indicator"] = state["poison_indicator"].astype(">f8")
+        state["getitem_all"] = state["save_folder_path"] = torch.zeros(1)
+        state["bd_data_container"]["data_dict"] |= {777: 5, 778: {"path": [], "other_info": [1, 2, 3]}, "x": None}
+    peer.save(content, record.folder / PICKLE)
+    same(load_record(convert(load_record(record.folder), ConvertOptions())), record)
+    peer.save({**content, "model": {"\ud800": torch.zeros(1)}}, record.folder / PICKLE)
+    refused(lambda: load_record(record.folder), PICKLE, "no text")
+
+
 def test_a_damaged_plain_record_is_refused(record: Record) -> None:
     file = convert(record, ConvertOptions()) / PLAIN
     whole = file.read_bytes()

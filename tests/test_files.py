@@ -54,6 +54,11 @@ def test_leftovers_of_a_killed_run_are_cleared_or_recovered(tmp_path: Path) -> N
     write(folder, "new", overwrite=True)
     assert [p.name for p in folder.iterdir()] == ["a.txt"]
     assert not any(outside.iterdir())
+    (tmp_path / ".y.replaced").symlink_to(outside)  # planted
+    write(tmp_path / "y", "new")
+    assert not (tmp_path / "y").is_symlink()
+    assert not (tmp_path / ".y.replaced").is_symlink()
+    assert not any(outside.iterdir())
 
 
 def test_file_is_replaced_at_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ulrl.files import save_torch, whole_folder
 from ulrl.options import option
 from ulrl.record import INFO_FILE, KEYS, Record, load_record
 from ulrl.record_folder import PICKLE, PLAIN, result_file
-from ulrl.record_formats import load_raw, save_pickle, save_plain
+from ulrl.record_formats import SPLITS, load_raw, save_pickle, save_plain
 from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch, look_into
 
@@ -51,6 +51,10 @@ def convert(record: Record, options: ConvertOptions) -> Path:
     new = record.folder.parent / name
     with whole_folder(new, overwrite=options.overwrite) as partial:
         raw = load_raw(old, inside)
+        for split in SPLITS:
+            if (state := getattr(record, split)) is not None:  # the samples that were looked at, no others
+                container = raw[split]["bd_data_container"]
+                container["data_dict"] = {i: container["data_dict"][i] for i in state.indices.tolist()}
         if options.to == "safetensors":
             save_plain(raw, record.attack, partial / PLAIN)
         else:

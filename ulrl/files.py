@@ -250,7 +250,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _take_back(replaced: Path, folder: Path) -> None:
-    if replaced.exists() and not folder.exists():
+    if replaced.is_dir() and not replaced.is_symlink() and not folder.exists():  # a link is a stranger's
         os.replace(replaced, folder)
 
 

@@ -59,9 +59,9 @@ def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = 
     weights = load_defense_result(folder, opened)
     model = load_model(opened.model_name, opened.num_classes, weights, opened.img_size[2])
     inside = opened.folder.resolve()
-    tables = {file.stem: read_csv(file, inside) for file in folder.glob("*.csv")}
+    history = read_csv(curves := folder / f"{method}_df.csv", inside)
+    tables = {file.stem: read_csv(file, inside) for file in folder.glob("*.csv") if file != curves}
     tables = {name: table.set_index(table.columns[0]) for name, table in tables.items()}
-    history = tables.pop(f"{method}_df").reset_index()
     return PurifiedRecord(
         model, result["flagged"], tables.pop("neurons", None), result, history, tables, folder, not now
     )

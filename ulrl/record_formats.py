@@ -65,7 +65,9 @@ def save_plain(raw: Mapping[str, Any], attack: str | None, file: Path) -> None:
         if (state := raw[split]) is not None:
             tensors |= {f"{split}/{name}": torch.from_numpy(state[name].copy()) for name in ARRAYS}
             about[split] = {
-                k: state[k] for k in ("getitem_all", "getitem_all_switch", "save_folder_path") if k in state
+                k: state[k]
+                for k in ("getitem_all", "getitem_all_switch", "save_folder_path")
+                if isinstance(state.get(k), (bool, str))
             }
             about[split]["bd_data_container"] = {
                 "save_folder_path": state["bd_data_container"].get("save_folder_path"),

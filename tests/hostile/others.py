@@ -60,17 +60,33 @@ def weights() -> Iterator[Case]:
         ("nested", torch.nested.nested_tensor([eye, eye]), "nested"),
         ("on meta", torch.empty(2, device="meta"), "meta"),
         ("NaN", torch.full((2,), float("nan")), "NaN"),
+        ("NaN of 8 bits", torch.full((2,), float("nan")).to(torch.float8_e4m3fn), "NaN"),
+        ("too large for a model", torch.full((2,), 1e300, dtype=torch.float64), "infinity"),
         ("a text", "\x1b[2J", "is a str"),
         ("a list", [1, 2], "is a list"),
         ("of another shape", torch.zeros(10**6), "1.bias"),
     ):
         yield case(name, saved({**good, "1.bias": odd}), word, slow=name not in ("sparse", "NaN"))
+    yield case("of the same megabyte, 30,000", saved(dict.fromkeys(map(str, range(30_000)), torch.zeros(1 << 18))),
+               "the same bytes")  # fmt: skip
+    empty = torch.empty(0, 3, 3)
+    for name, old, new, word in (
+        ("with an end beyond", b"QK\x00", b"Q" + pickles.integer(2**70), "1.bias"),
+        ("of a size beyond", b"K\x03K\x03\x87", pickles.integer(2**61) * 2 + b"\x87", "without a size"),
+    ):
+        yield Case(f"weights of nothing, {name}", lambda p, o=old, n=new: (
+            own(p), put(p.home / "w.pt", saved({"1.bias": empty})),
+            pickles.rewritten(p.home / "w.pt", lambda b: b.replace(o, n))), [*PURIFY, "w.pt"], ("--weights", word))  # fmt: skip
     yield case("named by numbers", saved({1: eye, None: eye}), "w.pt")
+    yield case("named by half a surrogate", saved({**good, "\ud800": eye}), "no text")
     yield case("named by escape codes", saved({**good, "\x1b]0;\x07\u202e": eye}), "x1b")
     yield case("a number", saved(3), "no state_dict", slow=True)
     yield case("nothing", b"", "no readable torch file", slow=True)
     yield case("an empty mapping", saved({}), "no state_dict")
     yield case("a module", saved(torch.nn.Linear(1, 1)), "asks to run")
+    program = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)), program)
+    yield case("a TorchScript program", program.getvalue(), "TorchScript")
     yield case("cut", saved(good)[:-90], "no readable torch file")
     for name, header in (
         ("a header of 2^63", b"\xff" * 8),
@@ -78,6 +94,17 @@ def weights() -> Iterator[Case]:
         ("an offset beyond", _header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1 << 40]}})),
         ("a shape beyond", _header({"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 8]}}) + bytes(8)),
         ("a type of tomorrow", _header({"a": {"dtype": "F3", "shape": [2], "data_offsets": [0, 8]}}) + bytes(8)),
+        ("65 dimensions", _header({"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}) + bytes(4)),
+        (
+            "numbers of 4 bits",
+            _header(
+                {
+                    "1.weight": {"dtype": "F4", "shape": [2, 96], "data_offsets": [0, 96]},
+                    "1.bias": {"dtype": "F32", "shape": [2], "data_offsets": [96, 104]},
+                }
+            )
+            + bytes(104),
+        ),
         ("cut", save_safetensors(good)[:-9]),
         ("nothing", b""),
     ):
@@ -254,6 +281,14 @@ def results() -> Iterator[Case]:
             make(place.home / "results" / "bad" / "result.json")
 
         yield Case(f"a run's result.json is {name}", plant, ["results", "results"], exits=(0,), slow=name == "a folder")
+    for name, text in (
+        ("below a blank line", "\n" + "a," * 1_000_000 + "\n"),
+        ("below a name with a line break", '"a\n"' + ",a" * 1_000_000 + "\n"),
+        ("in the first line of numbers", "class,z\n" + "1," * 1_000_000 + "\n"),
+    ):
+        yield Case(f"a table with a million columns {name}", lambda p, t=text: put(fabricated.write(
+                   p.home / "results/g/defense/u", fabricated.result()) / "neurons.csv", t),
+                   ["plot", "ranking", "results/g/defense/u", "--out", "r.png"], ("ranks neurons",))  # fmt: skip
     for argv, word in (
         (["results", "results", "--export", "no/such/folder.csv"], "folder"),
         (["results", "results", "--export", "results/x.csv/y.csv"], "folder"),

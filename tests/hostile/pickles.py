@@ -58,6 +58,14 @@ def exploding(depth: int) -> bytes:
     return reduced(b"}", b"N\x85q\x00", *(b"0h\x00h\x00\x86q\x00" for _ in range(depth)), b"Ns")
 
 
+def arrays(count: int, nbytes: int) -> bytes:
+    """Arrays of bytes, all made of the same ones."""
+    raw = b"B" + struct.pack("<I", nbytes) + bytes(nbytes) + b"q\x000"
+    dtype = b"cnumpy\ndtype\n" + text("u1") + b"\x85Rq\x010"
+    array = b"cnumpy._core.multiarray\n_reconstruct\n)R(K\x01" + integer(nbytes) + b"\x85h\x01\x89h\x00tb"
+    return b"\x80\x03" + raw + dtype + b"](" + array * count + b"e."
+
+
 def rewritten(
     file: Path, change: Callable[[bytes], bytes], member: str = "data.pkl", compress: int = zipfile.ZIP_STORED
 ) -> None:

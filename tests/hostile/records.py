@@ -126,6 +126,8 @@ def opcodes() -> Iterator[Case]:
         yield Case(f"pickle: {name}", pickled(content), words=words, slow=not any(word in name for word in quick))
     yield Case("pickle: 300,000 keys of one hash", pickled(pickles.colliding(300_000)),
                words=(RESULT, "would take over"), slow=True)  # fmt: skip
+    yield Case("pickle: 20,000 arrays of the same megabyte", pickled(pickles.arrays(20_000, 1 << 20)),
+               words=(RESULT, "hundreds of megabytes"))  # fmt: skip
 
 
 def contents() -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -99,12 +100,13 @@ def read_csv(file: str | os.PathLike[str], inside: Path | None = None) -> pd.Dat
     import pandas as pd
 
     text = read_text(file, TEXT, inside)
-    if text[: text.find("\n") + 1 or None].count(",") >= COLUMNS:
-        raise UserError(f"{file} has more than {COLUMNS} columns; is it another file?")
-    try:
-        return pd.read_csv(io.StringIO(text))
+    try:  # of each line, as pandas takes columns from the first that is not blank, and more from a longer second one
+        columns = max(map(len, csv.reader(io.StringIO(text, newline=""))), default=0)
+        if columns <= COLUMNS:
+            return pd.read_csv(io.StringIO(text))
     except Exception as error:  # whatever pandas makes of a stranger's text
         raise UserError(f"{file} is not a CSV table: {error}") from None
+    raise UserError(f"{file} has more than {COLUMNS} columns; is it another file?")
 
 
 def _number(text: str) -> float:

@@ -152,6 +152,8 @@ class _Decoder:
         kind = getattr(torch, dtype, None)
         if not isinstance(kind, torch.dtype):
             return Other(f"a tensor of type {dtype}")
+        if 0 in shape:  # then its place is not looked at
+            return torch.empty(shape, dtype=kind)
         if key not in self._storages:
             self._storages[key] = self._read(*self._places[key])
         return self._storages[key].view(kind).as_strided(shape, stride, offset)
@@ -166,4 +168,5 @@ class _Decoder:
         return storage
 
     def _array(self, code: str, shape: list[int], offset: int, nbytes: int) -> np.ndarray[Any, Any]:
-        return np.frombuffer(self._blob[offset : offset + nbytes], code).reshape(shape)
+        array = np.frombuffer(self._blob[offset : offset + nbytes], code).reshape(shape)
+        return array.astype(f"={code[1:]}", copy=False)  # in this machine's order of bytes

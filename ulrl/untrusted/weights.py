@@ -13,6 +13,7 @@ from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")
+TIED = 16  # weights that may be the same bytes
 
 
 def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
@@ -46,16 +47,25 @@ def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, 
     """`weights` themselves, if they are what a model can have. count: how many there were with their full names.
 
     Raises:
-        UserError: another value than a tensor of real, finite numbers; a name that is there twice.
+        UserError: another value than a tensor of real, finite numbers; a name that is there twice; the same bytes as
+            more than TIED weights.
     """
+    stored: dict[int, int] = {}
     for name, weight in weights.items():
         if not isinstance(weight, torch.Tensor) or weight.is_complex():
             found = weight.what if isinstance(weight, Other) else f"a {type(weight).__name__}"
-            raise UserError(
-                f"{file} holds no state dict, names to dense CPU tensors of real numbers: {name[:80]!r} is {found}; "
-                "save model.state_dict()"
-            )
-        if weight.dtype in _FLOATS and not bool(weight.isfinite().all()):
+            raise _no_weights(file, name, found)
+        if not name.isprintable():
+            raise _no_weights(file, name, "no text")
+        stored[weight.untyped_storage().data_ptr()] = weight.untyped_storage().nbytes()
+    if sum(weight.nbytes for weight in weights.values()) > TIED * sum(stored.values()):
+        raise UserError(f"{file} gives over {TIED} weights the same bytes, as no model does; do not trust it")
+    for name, weight in weights.items():
+        try:
+            finite = bool(weight.float().isfinite().all())  # as a model has it, of float32
+        except RuntimeError:  # a type or a shape that torch can hold, and not compute with
+            raise _no_weights(file, name, f"of {str(weight.dtype)[6:]} {list(weight.shape)}") from None
+        if not finite:
             raise UserError(
                 f"{file}: {name[:80]} holds NaN or infinity, with which no model works; get the weights from an "
                 "earlier epoch"
@@ -65,4 +75,8 @@ def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, 
     return weights
 
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+def _no_weights(file: Path, name: str, found: str) -> UserError:
+    return UserError(
+        f"{file} holds no state dict, names to dense CPU tensors of real numbers: {name[:80]!r} is {found}; "
+        "save model.state_dict()"
+    )

@@ -7,6 +7,7 @@ from typing import Any
 from ulrl.untrusted.reader.stand_ins import Array, Mapping, Other, Refused, Tensor
 
 ANSWER = 128 << 20  # bytes of JSON
+ARRAYS = 256 << 20  # bytes of them
 VALUES, DEPTH = 5_000_000, 40
 
 
@@ -65,4 +66,6 @@ class Answer:
     def _array(self, array: Array) -> Any:
         self.blob.append(array.raw)
         self._nbytes += len(array.raw)
+        if self._nbytes > ARRAYS:  # a few bytes may have been given to many of them
+            raise Refused("large", "arrays of hundreds of megabytes")
         return [array.code, array.shape, self._nbytes - len(array.raw), len(array.raw)]

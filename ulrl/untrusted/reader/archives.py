@@ -23,8 +23,6 @@ def read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, Storage]]:
     if len(pickles) != 1:
         raise Refused("damaged", f"{len(pickles)} pickles instead of one")
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in places or any(name.startswith(f"{root}code/") for name in places):
-        raise Refused("global", "a TorchScript program")
     if f"{root}byteorder" in places and bytes_at(file, *places[f"{root}byteorder"]) != b"little":
         raise Refused("damaged", "bytes in another order than this machine's")
     data = {name.removeprefix(f"{root}data/"): place for name, place in places.items() if "/data/" in name}
@@ -40,6 +38,8 @@ def check_zip(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         raise Refused("damaged", f"the end of the archive is missing or damaged: {error}") from None
     if len(members) > MEMBERS:
         raise Refused("large", f"{len(members)} members in the archive")
+    if any(re.match(r"[^/]*/(constants\.pkl$|code/)", member.orig_filename) for member in members):
+        raise Refused("global", "a TorchScript program")
     places: dict[str, tuple[int, int]] = {}
     for member in members:
         name = member.orig_filename

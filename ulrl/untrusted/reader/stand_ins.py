@@ -142,6 +142,8 @@ def _tensor_of_type(
         # A stride of 0 would make gigabytes of a few bytes.
         if max(last + 1, count) * dtype.itemsize > storage.nbytes or storage.nbytes % dtype.itemsize:
             return Other("a tensor that is larger than its storage")
+    elif math.prod(filter(None, shape)) * dtype.itemsize >= 2**62:
+        return Other("a tensor without a size")
     return Tensor(storage, dtype, offset, shape, stride)
 
 
