@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,9 @@ def files(
     torch.save(innocent.state_dict(), root / "innocent.pt")
     torch.save(Trap(root / "sprung"), root / "trap.pt")
     torch.save([1, 2], root / "list.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still what many a model is kept as
+        torch.jit.save(torch.jit.trace(copy.deepcopy(backdoored).eval(), clean[0][:2]), root / "program.pt")
     (root / "damaged.safetensors").write_bytes(b"no weights")
     for name, photos in (("photos", "digit {}"), ("some", "{}"), ("named", "digit {}")):
         for i, (x, y) in enumerate(zip(*clean, strict=True)):
@@ -207,6 +212,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES[2:])} --check --model my_nets:number", "returns a int, not a torch.nn.Module"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:eleven", "does not fit --model: see classify.weight"),
         ("--model my_nets:Net --images photos --check --weights trap.pt", "save its state_dict() instead"),
+        ("--model my_nets:Net --images photos --check --weights program.pt", "a TorchScript program', which no"),
         ("--model my_nets:Net --images photos --check --weights list.pt", "holds no state_dict"),
         ("--model my_nets:Net --images photos --check --weights none.pt", "none.pt cannot be read"),
         ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),

@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 from ulrl.untrusted.reader.stand_ins import Refused, Storage, Unpickler
@@ -15,6 +16,7 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch files from before the
 PICKLE = 256 << 20  # bytes
 MEMBERS = 200_000
 BLOCK = 1 << 20
+PROGRAM = "a TorchScript program"
 
 
 def read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, Storage]]:
@@ -23,8 +25,8 @@ def read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, Storage]]:
     if len(pickles) != 1:
         raise Refused("damaged", f"{len(pickles)} pickles instead of one")
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in places or any(name.startswith(f"{root}code/") for name in places):
-        raise Refused("global", "a TorchScript program")
+    if _is_program(places):
+        raise Refused("global", PROGRAM)
     if f"{root}byteorder" in places and bytes_at(file, *places[f"{root}byteorder"]) != b"little":
         raise Refused("damaged", "bytes in another order than this machine's")
     data = {name.removeprefix(f"{root}data/"): place for name, place in places.items() if "/data/" in name}
@@ -44,6 +46,8 @@ def check_zip(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
     for member in members:
         name = member.orig_filename
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            if _is_program(other.orig_filename for other in members):  # whose code is compressed
+                raise Refused("global", PROGRAM)
             raise Refused("damaged", f"{name[:80]} is compressed, as torch.save never does")
         header = bytes_at(file, member.header_offset, 30) if 0 <= member.header_offset < size else b""
         if len(header) < 30 or header[:4] != b"PK\3\4" or member.flag_bits & 1:
@@ -67,6 +71,10 @@ def check_zip(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         if crc != member.CRC:
             raise Refused("damaged", f"the checksum of {member.orig_filename[:80]} is wrong")
     return places
+
+
+def _is_program(names: Iterable[str]) -> bool:
+    return any(re.match(r"[^/]*/(code/|constants\.pkl$)", name) for name in names)
 
 
 def read_legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, Storage]]:
