@@ -64,6 +64,8 @@ def files(
     shutil.copytree(root / "photos", root / "sizes")
     Image.new("L", (9, 9)).save(root / "sizes" / "digit 3" / "odd.png")
     (root / "empty").mkdir()
+    for name in ("a", "b"):
+        (root / "hollow" / name).mkdir(parents=True)
     return root
 
 
@@ -218,6 +220,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),
         ("--model my_nets:Net --images photos --check --weights damaged.safetensors", "damaged.safetensors is damaged"),
         (f"{' '.join(FILES[:4])} --check --images empty", "does not hold a subfolder per class"),
+        (f"{' '.join(FILES[:4])} --check --images hollow", "add some, or name another --images"),
         (f"{' '.join(FILES[:4])} --check --images nowhere", "--images nowhere: there is no such folder"),
         (
             f"{' '.join(FILES[2:])} --check --model torchvision.models:resnet18",

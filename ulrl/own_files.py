@@ -168,7 +168,7 @@ def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
     names = subfolders(root)
     if len(names) < 2:
         raise UserError(f"--images {root} does not hold a subfolder per class")
-    samples = by_class(root, names, some=True)
+    samples = by_class(root, names, some=True, flag="--images")
     if len(run.mean) != len(run.std) or len(run.mean) not in (1, 3) or min(run.std) <= 0:
         raise UserError("--mean and --std take three numbers each, or one for gray images; deviations are positive")
     height, width = height_and_width(run.img_size) if run.img_size else common_size([file for file, _ in samples])
