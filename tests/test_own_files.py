@@ -63,6 +63,8 @@ def files(
                 Image.fromarray(((x[0] + 1) * 127.5).round().byte().numpy()).save(folder / f"{i}.png")
     shutil.copytree(root / "photos", root / "sizes")
     Image.new("L", (9, 9)).save(root / "sizes" / "digit 3" / "odd.png")
+    shutil.copytree(root / "photos", root / "texts")
+    (root / "texts" / "digit 3" / "notes.png").write_text("no picture")
     (root / "empty").mkdir()
     for name in ("a", "b"):
         (root / "hollow" / name).mkdir(parents=True)
@@ -227,6 +229,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
             "does not fit --model: see conv1.weight",
         ),
         (f"{' '.join(FILES[:4])} --check --images sizes", "give the model's input as --img_size"),
+        (f"{' '.join(FILES[:4])} --check --images texts", "notes.png is not a readable image (none of JPEG, PNG"),
         (f"{' '.join(FILES[:4])} --check --images named --mean 0.5 --std 0.5", "name the subfolders by the classes'"),
     ],
 )

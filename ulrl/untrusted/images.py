@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ulrl.errors import UserError
 from ulrl.untrusted.opening import MIB, read_bytes
@@ -59,6 +59,9 @@ def opened_image(file: str | os.PathLike[str]) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
+    except UnidentifiedImageError:  # which names the buffer, not the file
+        formats = ", ".join(FORMATS)
+        raise UserError(f"{file} is not a readable image (none of {formats}); replace or remove it") from None
     except Exception as error:  # whatever Pillow makes of a damaged file
         raise UserError(f"{file} is not a readable image ({error}); replace or remove it") from None
 
