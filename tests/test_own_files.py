@@ -66,6 +66,8 @@ def files(
     shutil.copytree(root / "photos", root / "texts")
     (root / "texts" / "digit 3" / "notes.png").write_text("no picture")
     (root / "empty").mkdir()
+    shutil.copytree(root / "photos" / "digit 3", root / "one" / "digit 3")
+    (root / "one" / "digit 4").mkdir()
     for name in ("a", "b"):
         (root / "hollow" / name).mkdir(parents=True)
     return root
@@ -223,6 +225,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         ("--model my_nets:Net --images photos --check --weights damaged.safetensors", "damaged.safetensors is damaged"),
         (f"{' '.join(FILES[:4])} --check --images empty", "does not hold a subfolder per class"),
         (f"{' '.join(FILES[:4])} --check --images hollow", "add some, or name another --images"),
+        (f"{' '.join(FILES[:4])} --check --images one", "--images one holds images of one class only"),
         (f"{' '.join(FILES[:4])} --check --images nowhere", "--images nowhere: there is no such folder"),
         (
             f"{' '.join(FILES[2:])} --check --model torchvision.models:resnet18",

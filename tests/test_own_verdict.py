@@ -69,6 +69,16 @@ def test_no_verdict_on_images_that_the_model_cannot_read(
     assert "by chance" in repr(found)
 
 
+def test_images_of_one_class_give_no_verdict_and_it_is_said_why(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    of_one = clean[1] == 3
+    with pytest.warns(ulrl.Note, match="all samples are of one class"):
+        found = ulrl.suspect(backdoored, clean[0][of_one], clean[1][of_one])
+    assert found.verdict == "no verdict"
+    assert "by chance" not in repr(found)
+
+
 def test_few_images_are_noticed(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
     with pytest.warns(ulrl.Note, match="30 images are few for a verdict"):
         ulrl.suspect(backdoored, clean[0][:30], clean[1][:30], unlearning_epochs=1)

@@ -169,6 +169,8 @@ def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
     if len(names) < 2:
         raise UserError(f"--images {root} does not hold a subfolder per class")
     samples = by_class(root, names, some=True, flag="--images")
+    if len({label for _, label in samples}) < 2:
+        raise UserError(f"--images {root} holds images of one class only, which tell nothing; add some of the others")
     if len(run.mean) != len(run.std) or len(run.mean) not in (1, 3) or min(run.std) <= 0:
         raise UserError("--mean and --std take three numbers each, or one for gray images; deviations are positive")
     height, width = height_and_width(run.img_size) if run.img_size else common_size([file for file, _ in samples])

@@ -103,7 +103,9 @@ def _notes(absent: int, classes: int, reading: float, right: float, low: float, 
             f"images run from {low:.4g} to {high:.4g}, as if they were not normalised; "
             "that is right only for a model that does it itself"
         )
-    if reading < DOUBTFUL:
+    if absent == classes - 1:
+        notes.append("all samples are of one class, so whether the model reads them cannot be told; add some of others")
+    elif reading < DOUBTFUL:
         notes.append(
             f"the model reads only {100 * right:.0f}% of these images right"
             f"{', about as many as by chance' if reading < UNREADABLE else ''}: are their labels, "
