@@ -80,6 +80,8 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     try:
         classes = head_size(model, normalise(two.images, images.spec))
     except UserError as error:
+        if error.__cause__ is None:  # it took the images, and it is its answer that does not fit
+            raise UserError(f"--model {run.model}: {error}") from None
         raise UserError(f"{error}; are --img_size and --mean, --std (one number each: gray images) its own?") from error
     return model, _with_head(images, classes, run.images)
 
