@@ -50,6 +50,7 @@ def files(
     torch.save(Headless().state_dict(), root / "headless.pt")
     torch.save(innocent.state_dict(), root / "innocent.pt")
     torch.save(Trap(root / "sprung"), root / "trap.pt")
+    torch.save({f"net.{k}": w for k, w in weights.items()}, root / "prefixed.pt")
     torch.save([1, 2], root / "list.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and still what many a model is kept as
@@ -219,6 +220,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES[2:])} --check --model my_nets:eleven", "does not fit --model: see classify.weight"),
         ("--model my_nets:Net --images photos --check --weights trap.pt", "save its state_dict() instead"),
         ("--model my_nets:Net --images photos --check --weights program.pt", "a TorchScript program', which no"),
+        ("--model my_nets:Net --images photos --check --weights prefixed.pt", "; the file has net.body.0.0.weight"),
         ("--model my_nets:Net --images photos --check --weights list.pt", "holds no state_dict"),
         ("--model my_nets:Net --images photos --check --weights none.pt", "none.pt cannot be read"),
         ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),

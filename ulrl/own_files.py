@@ -155,9 +155,11 @@ def _load_weights(model: nn.Module, file: Path) -> None:
             weights[name] = weights[twin]
     wrong = [k for k in {**own, **weights} if k not in own or k not in weights or own[k].shape != weights[k].shape]
     if wrong:
-        raise UserError(
-            f"--weights {file} does not fit --model: see {', '.join(wrong[:4])}; does the factory make as many classes?"
-        )
+        unknown = [k for k in weights if k not in own][:2]
+        ask = "does the factory make as many classes?"
+        if unknown and unknown[0] not in wrong[:4]:  # a prefix, such as a wrapper's, or another network
+            ask = f"the file has {', '.join(unknown)}; save the weights of the factory's own network, under its names"
+        raise UserError(f"--weights {file} does not fit --model: see {', '.join(wrong[:4])}; {ask}")
     model.load_state_dict(weights)
 
 
