@@ -39,6 +39,7 @@ def files(
         "def eleven():\n    net = Net()\n    net.classify = nn.Linear(64, 11)\n    return net\n\n\n"
         + inspect.getsource(Headless)
         + "\n\n"
+        "class Two(Net):\n    def forward(self, x):\n        return super().forward(x), x\n\n\n"
         "def broken():\n    raise ValueError('out of order')\n\n\ndef number():\n    return 7\n"
     )
     weights = backdoored.state_dict()
@@ -176,6 +177,13 @@ def test_what_cannot_work_is_said_before_the_diagnosis(files: Path, capsys: pyte
     said = capsys.readouterr()
     assert "no diagnosis: the model has no nn.Linear" in said.err
     assert (files / "headless_ft.pt").exists()
+
+
+def test_an_answer_that_is_no_logits_is_not_laid_to_the_images(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(files, "--model", "my_nets:Two", *FILES[2:], *GRAY, "--check") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--model my_nets:Two: the model's output is tuple, not logits [B, K]" in said
+    assert "--img_size" not in said
 
 
 def test_classes_by_number_and_other_methods(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
