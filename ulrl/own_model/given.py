@@ -91,7 +91,24 @@ def prepare(
     )
     right = (predicted == y).double().mean().item()
     notes = _notes(classes - len(y.unique()), classes, reading, right, low.min().item(), high.max().item())
-    return Given(subject, InputSet(x, y, spec, augment), reading, notes)
+    return Given(subject, InputSet(x, y, spec, augment and _in_shape(augment)), reading, notes)
+
+
+def _in_shape(augment: Augment) -> Augment:
+    """What the user's function makes of a batch, if it is one of the same shape: many a net takes another in silence.
+
+    Raises:
+        UserError: it is not.
+    """
+
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        made = augment(x)
+        if not isinstance(made, torch.Tensor) or made.shape != x.shape:
+            found = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+            raise UserError(f"augment makes {found} of {list(x.shape)}; it must keep the shape")
+        return made
+
+    return checked
 
 
 def _notes(absent: int, classes: int, reading: float, right: float, low: float, high: float) -> list[str]:
