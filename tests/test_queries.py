@@ -144,6 +144,7 @@ def test_what_fails_in_the_users_function_is_not_taken_for_an_answer(digits: tup
         ({"ask": lambda x: torch.arange(len(x)) % 10 + 1}, "labels must be 0 to 9, for 10 classes"),
         ({"ask": lambda x: torch.full((len(x),), -1)}, "labels must be 0 to 9"),
         ({"ask": lambda x: ["cat"] * len(x)}, "the answers are no numbers"),
+        ({"images": ["a.png", "b.png"]}, "images cannot be read as one array"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -181,7 +181,7 @@ def _samples(images: Images, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not pairs:
             raise UserError("images yields no (images, labels) pairs; give the labels too")
         images, labels = zip(*pairs, strict=True)
-    x, y = _joined(images, "images"), _joined(labels, "labels")
+    x, y = joined(images, "images"), joined(labels, "labels")
     if not x.dtype.is_floating_point:
         raise UserError(
             f"images are {str(x.dtype).removeprefix('torch.')}; give them as the model expects them: "
@@ -203,7 +203,7 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
 
 
-def _joined(value: Any, what: str) -> torch.Tensor:
+def joined(value: Any, what: str) -> torch.Tensor:
     """A tensor, an array, a list of numbers, or batches of any of these, as one tensor."""
     try:
         if _is_array(value):

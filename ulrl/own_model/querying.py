@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ulrl.defenses.b3d import B3D, Ask
 from ulrl.defenses.base import Trigger
 from ulrl.errors import UserError
-from ulrl.own_model.given import Progress, make_method, make_monitor
+from ulrl.own_model.given import Progress, joined, make_method, make_monitor
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,7 +73,7 @@ def suspect_by_queries(
     Raises:
         UserError: images or options that do not fit, answers that are neither labels nor scores.
     """
-    x = torch.as_tensor(images)
+    x = joined(images, "images")
     if x.ndim != 4 or not x.is_floating_point() or not len(x) or x.min() < 0 or x.max() > 1:
         raise UserError("images must be floats [N, C, H, W] in [0, 1]; divide bytes by 255")
     searched = sorted(set(range(num_classes) if classes is None else classes))
