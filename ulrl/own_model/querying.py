@@ -33,7 +33,10 @@ class Queried:
     report: dict[str, Any] = field(repr=False)
 
     def __repr__(self) -> str:
+        found, searched = int(self.ranking.reached.sum()), len(self.ranking)
         said = f"suspicious: {', '.join(map(str, self.flagged))}" if self.flagged else "no suspicious class"
+        if not self.flagged and found < searched / 2:  # a mask that fools nobody has no size to compare by
+            said = f"undecided: a trigger was found for {found} of {searched} classes; raise queries"
         return f"{said}; {self.queries} queries\n{self.ranking.sort_values('ratio').head().round(2).to_string()}"
 
     def careful(self, ask: Ask, images: torch.Tensor) -> torch.Tensor:
