@@ -119,6 +119,18 @@ def test_pages_name_all_there_is(page: str, names: Any) -> None:
     assert [name for name in names if not re.search(rf"(`|## ){re.escape(name)}\b", text)] == []
 
 
+def test_pages_count_what_there_is() -> None:
+    readme, index = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "docs" / "index.md").read_text("utf-8")
+    attacks, repairs = len(ATTACKS) - 1, sum(cls.repairs for cls in DEFENSES.values())  # prototype plants nothing
+    for text, wanted in (
+        (readme, f"({attacks} attacks)"),
+        (readme, f"({repairs} defenses)"),
+        (index, f"{repairs - 1} other\ndefenses"),
+        (index, f"{attacks} attacks"),
+    ):
+        assert wanted in text
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook: Path, tmp_path: Path) -> None:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def files(
         "def eleven():\n    net = Net()\n    net.classify = nn.Linear(64, 11)\n    return net\n\n\n"
         + inspect.getsource(Headless)
         + "\n\n"
+        "class Two(Net):\n    def forward(self, x):\n        return super().forward(x), x\n\n\n"
         "def broken():\n    raise ValueError('out of order')\n\n\ndef number():\n    return 7\n"
     )
     weights = backdoored.state_dict()
@@ -48,7 +51,11 @@ def files(
     torch.save(Headless().state_dict(), root / "headless.pt")
     torch.save(innocent.state_dict(), root / "innocent.pt")
     torch.save(Trap(root / "sprung"), root / "trap.pt")
+    torch.save({f"net.{k}": w for k, w in weights.items()}, root / "prefixed.pt")
     torch.save([1, 2], root / "list.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still what many a model is kept as
+        torch.jit.save(torch.jit.trace(copy.deepcopy(backdoored).eval(), clean[0][:2]), root / "program.pt")
     (root / "damaged.safetensors").write_bytes(b"no weights")
     for name, photos in (("photos", "digit {}"), ("some", "{}"), ("named", "digit {}")):
         for i, (x, y) in enumerate(zip(*clean, strict=True)):
@@ -58,7 +65,13 @@ def files(
                 Image.fromarray(((x[0] + 1) * 127.5).round().byte().numpy()).save(folder / f"{i}.png")
     shutil.copytree(root / "photos", root / "sizes")
     Image.new("L", (9, 9)).save(root / "sizes" / "digit 3" / "odd.png")
+    shutil.copytree(root / "photos", root / "texts")
+    (root / "texts" / "digit 3" / "notes.png").write_text("no picture")
     (root / "empty").mkdir()
+    shutil.copytree(root / "photos" / "digit 3", root / "one" / "digit 3")
+    (root / "one" / "digit 4").mkdir()
+    for name in ("a", "b"):
+        (root / "hollow" / name).mkdir(parents=True)
     return root
 
 
@@ -166,6 +179,13 @@ def test_what_cannot_work_is_said_before_the_diagnosis(files: Path, capsys: pyte
     assert (files / "headless_ft.pt").exists()
 
 
+def test_an_answer_that_is_no_logits_is_not_laid_to_the_images(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(files, "--model", "my_nets:Two", *FILES[2:], *GRAY, "--check") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--model my_nets:Two: the model's output is tuple, not logits [B, K]" in said
+    assert "--img_size" not in said
+
+
 def test_classes_by_number_and_other_methods(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*FILES[:4], "--images", "some", *GRAY, "--method", "ft", "--epochs", "1", "--out", "ft.pt"]
     assert command(files, *argv) == 0
@@ -207,17 +227,22 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES[2:])} --check --model my_nets:number", "returns a int, not a torch.nn.Module"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:eleven", "does not fit --model: see classify.weight"),
         ("--model my_nets:Net --images photos --check --weights trap.pt", "save its state_dict() instead"),
+        ("--model my_nets:Net --images photos --check --weights program.pt", "a TorchScript program', which no"),
+        ("--model my_nets:Net --images photos --check --weights prefixed.pt", "; the file has net.body.0.0.weight"),
         ("--model my_nets:Net --images photos --check --weights list.pt", "holds no state_dict"),
         ("--model my_nets:Net --images photos --check --weights none.pt", "none.pt cannot be read"),
         ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),
         ("--model my_nets:Net --images photos --check --weights damaged.safetensors", "damaged.safetensors is damaged"),
         (f"{' '.join(FILES[:4])} --check --images empty", "does not hold a subfolder per class"),
+        (f"{' '.join(FILES[:4])} --check --images hollow", "add some, or name another --images"),
+        (f"{' '.join(FILES[:4])} --check --images one", "--images one holds images of one class only"),
         (f"{' '.join(FILES[:4])} --check --images nowhere", "--images nowhere: there is no such folder"),
         (
             f"{' '.join(FILES[2:])} --check --model torchvision.models:resnet18",
             "does not fit --model: see conv1.weight",
         ),
         (f"{' '.join(FILES[:4])} --check --images sizes", "give the model's input as --img_size"),
+        (f"{' '.join(FILES[:4])} --check --images texts", "notes.png is not a readable image (none of JPEG, PNG"),
         (f"{' '.join(FILES[:4])} --check --images named --mean 0.5 --std 0.5", "name the subfolders by the classes'"),
     ],
 )

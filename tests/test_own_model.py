@@ -196,6 +196,8 @@ class Stubborn(Net):
             "returns probabilities, and logits are needed; take the softmax",
         ),
         ({"device": "cuda:77"}, "no such device"),
+        ({"augment": lambda x: None, **QUICK}, "augment makes NoneType of ["),
+        ({"augment": lambda x: x[:, :, 1:], **QUICK}, "it must keep the shape"),
         ({"hold_out": 1.5}, "hold_out is 1.5; give a share"),
         ({"max_accuracy_loss": -1}, "max_accuracy_loss is -1; give a share"),
         ({"images": torch.zeros(200, 3, 8, 8)}, "fails on a batch of [2, 3, 8, 8]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 
@@ -10,11 +11,13 @@ import pandas as pd
 import pytest
 import torch
 from own_nets import TARGET, rates, stamp, weights
+from rich.console import Console
 from torch import nn
 
 import ulrl
 from ulrl import UserError
 from ulrl.own_model.suspecting import decide
+from ulrl.report.tables import suspicion_table
 
 
 def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -67,6 +70,31 @@ def test_no_verdict_on_images_that_the_model_cannot_read(
         found = ulrl.suspect(backdoored, *spoil(*clean))
     assert (found.verdict, found.label, len(found.ranking)) == ("no verdict", None, 0)
     assert "by chance" in repr(found)
+
+
+def test_images_of_one_class_give_no_verdict_and_it_is_said_why(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    of_one = clean[1] == 3
+    with pytest.warns(ulrl.Note, match="all samples are of one class"):
+        found = ulrl.suspect(backdoored, clean[0][of_one], clean[1][of_one])
+    assert found.verdict == "no verdict"
+    assert "by chance" not in repr(found)
+
+
+def test_an_unlearning_that_ends_early_names_whose_options_to_raise(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    with pytest.warns(ulrl.Note, match="raise unlearning_lr or unlearning_epochs, options of the method ulrl"):
+        found = ulrl.suspect(backdoored, *clean, unlearning_epochs=1, unlearning_lr=1e-6)
+    assert found.verdict != "no evidence found"
+
+
+def test_the_verdict_stands_on_a_line_of_its_own() -> None:
+    ranking = pd.DataFrame({"z": [2.0, 1.0], "flagged": [False, False], "reach": [0.4, 0.6]})
+    verdict, said = "verdict: no evidence found; look at 8", io.StringIO()
+    Console(file=said, width=80).print(suspicion_table(ranking, ["8", "9"], verdict))
+    assert verdict in said.getvalue()
 
 
 def test_few_images_are_noticed(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:

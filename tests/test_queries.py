@@ -122,6 +122,11 @@ def test_same_seed_same_scan_and_a_service_behind_http(
     assert np.allclose(tables[0].mask_norm, tables[1].mask_norm, rtol=1e-2)
 
 
+def test_a_search_that_found_nothing_is_undecided(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    found = ulrl.suspect_by_queries(lambda x: torch.zeros(len(x), dtype=torch.int64), digits[0][:20], 10, **SMALL)
+    assert repr(found).startswith("undecided: a trigger was found for 0 of 3 classes; raise queries")
+
+
 def test_what_fails_in_the_users_function_is_not_taken_for_an_answer(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     def ask(images: torch.Tensor) -> torch.Tensor:
         raise ValueError("the service is away")
@@ -144,6 +149,7 @@ def test_what_fails_in_the_users_function_is_not_taken_for_an_answer(digits: tup
         ({"ask": lambda x: torch.arange(len(x)) % 10 + 1}, "labels must be 0 to 9, for 10 classes"),
         ({"ask": lambda x: torch.full((len(x),), -1)}, "labels must be 0 to 9"),
         ({"ask": lambda x: ["cat"] * len(x)}, "the answers are no numbers"),
+        ({"images": ["a.png", "b.png"]}, "images cannot be read as one array"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -80,6 +80,8 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     try:
         classes = head_size(model, normalise(two.images, images.spec))
     except UserError as error:
+        if error.__cause__ is None:  # it took the images, and it is its answer that does not fit
+            raise UserError(f"--model {run.model}: {error}") from None
         raise UserError(f"{error}; are --img_size and --mean, --std (one number each: gray images) its own?") from error
     return model, _with_head(images, classes, run.images)
 
@@ -153,9 +155,11 @@ def _load_weights(model: nn.Module, file: Path) -> None:
             weights[name] = weights[twin]
     wrong = [k for k in {**own, **weights} if k not in own or k not in weights or own[k].shape != weights[k].shape]
     if wrong:
-        raise UserError(
-            f"--weights {file} does not fit --model: see {', '.join(wrong[:4])}; does the factory make as many classes?"
-        )
+        unknown = [k for k in weights if k not in own][:2]
+        ask = "does the factory make as many classes?"
+        if unknown and unknown[0] not in wrong[:4]:  # a prefix, such as a wrapper's, or another network
+            ask = f"the file has {', '.join(unknown)}; save the weights of the factory's own network, under its names"
+        raise UserError(f"--weights {file} does not fit --model: see {', '.join(wrong[:4])}; {ask}")
     model.load_state_dict(weights)
 
 
@@ -168,7 +172,9 @@ def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
     names = subfolders(root)
     if len(names) < 2:
         raise UserError(f"--images {root} does not hold a subfolder per class")
-    samples = by_class(root, names, some=True)
+    samples = by_class(root, names, some=True, flag="--images")
+    if len({label for _, label in samples}) < 2:
+        raise UserError(f"--images {root} holds images of one class only, which tell nothing; add some of the others")
     if len(run.mean) != len(run.std) or len(run.mean) not in (1, 3) or min(run.std) <= 0:
         raise UserError("--mean and --std take three numbers each, or one for gray images; deviations are positive")
     height, width = height_and_width(run.img_size) if run.img_size else common_size([file for file, _ in samples])

@@ -194,8 +194,10 @@ def _divide(samples: list[Sample], classes: Sequence[str]) -> Splits:
     return [s for s, t in pairs if not t], [s for s, t in pairs if t]
 
 
-def by_class(root: Path, classes: Sequence[str], *, some: bool = False) -> list[Sample]:
+def by_class(root: Path, classes: Sequence[str], *, some: bool = False, flag: str = "--dataset_path") -> list[Sample]:
     """All images in a folder per class. With `some`, a class may have none, as long as not all have none.
+
+    flag: what the user named the folder by.
 
     Raises:
         UserError: a class, or all of them, without images; a folder that cannot be read.
@@ -207,7 +209,7 @@ def by_class(root: Path, classes: Sequence[str], *, some: bool = False) -> list[
         samples += found
         empty = empty if found else root / name
     if not samples or (empty != root and not some):
-        raise UserError(f"{empty} holds no image ({', '.join(SUFFIXES)}); add some, or name another --dataset_path")
+        raise UserError(f"{empty} holds no image ({', '.join(SUFFIXES)}); add some, or name another {flag}")
     return samples
 
 
@@ -234,4 +236,4 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); name the data with --dataset_path") from None
+        raise UserError(f"{folder} cannot be read ({error.strerror}); see that it is there and may be read") from None

@@ -91,7 +91,24 @@ def prepare(
     )
     right = (predicted == y).double().mean().item()
     notes = _notes(classes - len(y.unique()), classes, reading, right, low.min().item(), high.max().item())
-    return Given(subject, InputSet(x, y, spec, augment), reading, notes)
+    return Given(subject, InputSet(x, y, spec, augment and _in_shape(augment)), reading, notes)
+
+
+def _in_shape(augment: Augment) -> Augment:
+    """What the user's function makes of a batch, if it is one of the same shape: many a net takes another in silence.
+
+    Raises:
+        UserError: it is not.
+    """
+
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        made = augment(x)
+        if not isinstance(made, torch.Tensor) or made.shape != x.shape:
+            found = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+            raise UserError(f"augment makes {found} of {list(x.shape)}; it must keep the shape")
+        return made
+
+    return checked
 
 
 def _notes(absent: int, classes: int, reading: float, right: float, low: float, high: float) -> list[str]:
@@ -103,7 +120,9 @@ def _notes(absent: int, classes: int, reading: float, right: float, low: float, 
             f"images run from {low:.4g} to {high:.4g}, as if they were not normalised; "
             "that is right only for a model that does it itself"
         )
-    if reading < DOUBTFUL:
+    if absent == classes - 1:
+        notes.append("all samples are of one class, so whether the model reads them cannot be told; add some of others")
+    elif reading < DOUBTFUL:
         notes.append(
             f"the model reads only {100 * right:.0f}% of these images right"
             f"{', about as many as by chance' if reading < UNREADABLE else ''}: are their labels, "
@@ -162,7 +181,7 @@ def _samples(images: Images, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not pairs:
             raise UserError("images yields no (images, labels) pairs; give the labels too")
         images, labels = zip(*pairs, strict=True)
-    x, y = _joined(images, "images"), _joined(labels, "labels")
+    x, y = joined(images, "images"), joined(labels, "labels")
     if not x.dtype.is_floating_point:
         raise UserError(
             f"images are {str(x.dtype).removeprefix('torch.')}; give them as the model expects them: "
@@ -184,7 +203,7 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
 
 
-def _joined(value: Any, what: str) -> torch.Tensor:
+def joined(value: Any, what: str) -> torch.Tensor:
     """A tensor, an array, a list of numbers, or batches of any of these, as one tensor."""
     try:
         if _is_array(value):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ulrl.defenses.b3d import B3D, Ask
 from ulrl.defenses.base import Trigger
 from ulrl.errors import UserError
-from ulrl.own_model.given import Progress, make_method, make_monitor
+from ulrl.own_model.given import Progress, joined, make_method, make_monitor
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +33,10 @@ class Queried:
     report: dict[str, Any] = field(repr=False)
 
     def __repr__(self) -> str:
+        found, searched = int(self.ranking.reached.sum()), len(self.ranking)
         said = f"suspicious: {', '.join(map(str, self.flagged))}" if self.flagged else "no suspicious class"
+        if not self.flagged and found < searched / 2:  # a mask that fools nobody has no size to compare by
+            said = f"undecided: a trigger was found for {found} of {searched} classes; raise queries"
         return f"{said}; {self.queries} queries\n{self.ranking.sort_values('ratio').head().round(2).to_string()}"
 
     def careful(self, ask: Ask, images: torch.Tensor) -> torch.Tensor:
@@ -73,7 +76,7 @@ def suspect_by_queries(
     Raises:
         UserError: images or options that do not fit, answers that are neither labels nor scores.
     """
-    x = torch.as_tensor(images)
+    x = joined(images, "images")
     if x.ndim != 4 or not x.is_floating_point() or not len(x) or x.min() < 0 or x.max() > 1:
         raise UserError("images must be floats [N, C, H, W] in [0, 1]; divide bytes by 255")
     searched = sorted(set(range(num_classes) if classes is None else classes))

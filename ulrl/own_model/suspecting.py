@@ -124,7 +124,8 @@ def suspect(
     if not unlearned.reached:
         given.notes.append(
             f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "
-            f"{defense.clean_threshold:g}, so the ranking says little; raise unlearning_lr or unlearning_epochs"
+            f"{defense.clean_threshold:g}, so the ranking says little; raise unlearning_lr or unlearning_epochs, "
+            "options of the method ulrl"
         )
     say(given.notes)
     report |= {

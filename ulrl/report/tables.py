@@ -236,7 +236,8 @@ def _spread(mean: float, deviation: float, scale: float) -> str:
 
 def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -> Table:
     """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` where no perturbation was searched."""
-    table = Table(title="suspicious classes", caption=escape(printable(verdict)), title_style="bold")
+    caption = printable(verdict)
+    table = Table(title="suspicious classes", caption=escape(caption), title_style="bold", min_width=len(caption))
     for column in ("class", "z", "flagged", "reach"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for label in ranking.z.argsort()[::-1][:10].tolist():
