@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import types
 import typing
@@ -60,6 +61,14 @@ TOY = Schema(Toy, Other)
 
 def flags(*argv: str) -> dict[str, Any]:
     return TOY.flags(argv, "toy", "A toy.")
+
+
+def test_options_that_are_piped_in_are_read_whole_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("epochs: 3\n"))
+    assert TOY.yaml(Path("/dev/stdin")) == {"epochs": 3}
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"epochs: 3\n#{'x' * 300_000}\nlr: 0.5\n"))
+    with pytest.raises(UserError, match="/dev/stdin gives more"):
+        TOY.yaml(Path("/dev/stdin"))
 
 
 @pytest.fixture

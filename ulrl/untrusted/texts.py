@@ -61,7 +61,9 @@ def read_yaml(file: Path) -> dict[Any, Any]:
         UserError: no such file, not YAML, empty, not a mapping; a key that is there twice; anchors.
     """
     if file == STDIN:  # what the user's own shell pipes in
-        text = sys.stdin.read(YAML)
+        text = sys.stdin.read(YAML + 1)
+        if len(text) > YAML:
+            raise UserError(f"{file} gives more than the {YAML} characters that are read; is it another file?")
     else:
         text = read_text(file, YAML)
     try:
