@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bti-dbf": ("bti-dbf", {}),
     "pam": ("pam", {}),
     "harden without restoring": ("harden", {"restore_epochs": 0}),
+    "harden without seeking": ("harden", {"tries": 0}),
     "harden without holding": ("harden", {"hold_weight": 0.0}),
     "harden without excess": ("harden", {"excess": 1.0}),
     "harden without redrawn rows": ("harden", {"init": False}),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from ulrl.defenses.corruptions import KINDS, Draws, Learning, corrupt, moved
+from ulrl.defenses.corruptions import KINDS, Draws, Fixed, Learning, corrupt, leading, moved
 
 CPU = torch.device("cpu")
 SHAPES = [(24, 3, 32, 32), (24, 1, 8, 8), (1, 3, 16, 12)]
@@ -86,3 +88,43 @@ def test_fewer_images_than_corruptions() -> None:
     for size in (3, 1, 20):
         learning.apply(images(size, 1, 8, 8)).sum().backward()
         learning.step()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_fixed_corruption_does_the_same_to_every_image(shape: tuple[int, ...]) -> None:
+    """However many there are, unless it takes pictures from among them."""
+    plain = images(1, *shape[1:]).expand(shape)
+    for kind in set(KINDS):
+        for seed in range(4):
+            changed = Fixed(kind, seed)(plain)
+            assert changed.shape == plain.shape
+            assert torch.allclose(changed, changed[:1].expand(shape), atol=1e-6), kind
+            if kind.__name__ not in ("_image", "_patch"):
+                assert torch.allclose(changed[:1], Fixed(kind, seed)(plain[:1]), atol=1e-6), kind
+
+
+def test_those_that_lead_astray_are_found() -> None:
+    """A net that calls 1 what bears six waves along the rows, and 0 or 2 all else by its brightness."""
+    plain, labels = images(60, 1, 32, 32), torch.arange(60) % 3
+    turns = 2 * math.pi * 6 * torch.arange(32) / 32
+    wave = torch.stack([turns.sin(), turns.cos()], 1)
+
+    def answers(x: torch.Tensor) -> torch.Tensor:
+        like = (x.mean((1, 2)) @ wave).norm(dim=1) / 32
+        bright = x.mean((1, 2, 3))
+        return torch.stack([bright, 40 * like, 1 - bright], 1).softmax(1)
+
+    found = leading(answers, plain, labels, Draws(0, CPU), 1800, per_class=1)
+    assert 1 <= len(found) <= 3
+    led = [(answers(way(plain)) - answers(plain)).mean(0) for way in found]
+    assert max(step[1] for step in led) > 0.1
+    by_chance = [(answers(Fixed(kind, 5)(plain)) - answers(plain)).mean(0)[1] for kind in KINDS]
+    assert max(step[1] for step in led) > max(by_chance)
+
+
+@pytest.mark.parametrize("tries", [1, 8, 21])
+def test_no_more_are_kept_than_were_tried(tries: int) -> None:
+    plain = images(5, 3, 8, 8)
+    found = leading(lambda x: x.mean((2, 3)).softmax(1), plain, torch.tensor([0, 1, 2, 0, 0]), Draws(1, CPU), tries)
+    assert 1 <= len(found) <= min(tries, 9)
+    assert len(set(found)) == len(found)

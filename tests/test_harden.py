@@ -35,6 +35,20 @@ def corruptions(clean: ImageSet) -> _Corruptions:
     return _Corruptions(clean.spec, Draws(0, clean.device), 0.5)
 
 
+def test_corrupted_images_stay_in_their_order(clean: ImageSet, original: nn.Module) -> None:
+    """As their labels do."""
+    shades = torch.linspace(60, 200, 64)[:, None, None, None].expand(64, 1, 8, 8)
+    method = corruptions(clean)
+    method.seek(original, clean, tries=16, amp=False)
+    found, seen = method._found, torch.zeros(64)
+    assert 1 <= len(found) <= 16
+    for _ in range(40):
+        seen += method(normalise(shades, clean.spec)).mean((1, 2, 3))
+    places = torch.arange(64.0)
+    assert torch.corrcoef(torch.stack([seen[:16], places[:16]]))[0, 1] > 0.8, "those that were sought"
+    assert torch.corrcoef(torch.stack([seen, places]))[0, 1] > 0.9
+
+
 def test_restoring_does_not_hear_the_original_on_flagged_classes(clean: ImageSet, original: nn.Module) -> None:
     """But, under corruptions, on images of that class themselves."""
     others = clean.subset((clean.labels != FLAGGED).nonzero().flatten())

@@ -1,4 +1,4 @@
-"""Corruptions of images: random ones, and ones that learn what hurts a model.
+"""Corruptions of images: random ones, those of them that lead a model astray, and ones that learn to.
 
 Images are float32 [B, C, H, W] with values in [0, 1], on any device. Lengths are shares of an image's side, so that
 they mean the same at every size; the numbers are ours, for what leaves a garment of 32x32 to be recognised.
@@ -20,9 +20,11 @@ GROUPS = 4  # into which a batch is cut, each corrupted in a way of its own
 
 
 class Draws:
-    """Everything random here, drawn from the streams of one seed."""
+    """Everything random here, drawn from the streams of one seed. shared: whatever is drawn for some images is the
+    same for each of them."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, shared: bool = False) -> None:
+        self.shared = shared
         self._numbers = generator(seed, "corruptions", device)
         self._choices = generator(seed, "corruption kinds")  # on the CPU, so that a choice never waits for the device
 
@@ -31,6 +33,10 @@ class Draws:
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self._numbers, device=self._numbers.device)
+
+    def rows(self, images: torch.Tensor) -> int:
+        """For how many images something is drawn: for each, or one for all."""
+        return 1 if self.shared else len(images)
 
     def order(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self._numbers, device=self._numbers.device)
@@ -61,29 +67,29 @@ def moved(images: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     height, width = images.shape[2:]
     y = torch.linspace(-1, 1, height, device=images.device)
     x = torch.linspace(-1, 1, width, device=images.device)
-    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
-    return F.grid_sample(images, grid + 2 * flow.permute(0, 2, 3, 1), padding_mode="border", align_corners=True)
+    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1) + 2 * flow.permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=True)
 
 
 def _field(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     cells = min(CELLS[draws.below(len(CELLS))], *images.shape[2:])
-    field = enlarged(draws.uniform(*images.shape[:2], cells, cells), images)
+    field = enlarged(draws.uniform(draws.rows(images), images.shape[1], cells, cells), images)
     low, high = field.amin((2, 3), True), field.amax((2, 3), True)
     return _blend(images, (field - low) / (high - low + 1e-6), 0.45, draws)
 
 
 def _blend(images: torch.Tensor, others: torch.Tensor, most: float, draws: Draws) -> torch.Tensor:
-    return images.lerp(others, most * draws.uniform(len(images), 1, 1, 1))
+    return images.lerp(others.expand_as(images), most * draws.uniform(draws.rows(images), 1, 1, 1))
 
 
 def _image(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    others = images[draws.order(len(images))]
+    others = images[draws.order(len(images))[: draws.rows(images)]]
     others = others.flip(3) if draws.below(2) else others
     return _blend(images, 1 - others if draws.below(2) else others, 0.4, draws)
 
 
 def _patch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    batch, channels, height, width = images.shape
+    batch, (channels, height, width) = draws.rows(images), images.shape[1:]
     size = 1 / 32 + draws.uniform(2, batch, 1, 1) * 9 / 32
     centre = draws.uniform(2, batch, 1, 1)
     y = (torch.arange(height, device=images.device).view(1, -1, 1) + 0.5) / height
@@ -92,8 +98,8 @@ def _patch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     fillings = (
         lambda: draws.uniform(batch, channels, 1, 1),
         lambda: draws.uniform(batch, channels, 1, 1).round(),
-        lambda: draws.uniform(*images.shape),
-        lambda: images[draws.order(batch)],
+        lambda: draws.uniform(batch, channels, height, width),
+        lambda: images[draws.order(len(images))[:batch]],
     )
     filled = images.lerp(fillings[draws.below(4)]().expand_as(images), 0.4 + 0.6 * draws.uniform(batch, 1, 1, 1))
     return torch.where(inside[:, None], filled, images)
@@ -101,12 +107,13 @@ def _patch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _warp(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     cells = (2, 3, 4, 4, 6, 8)[draws.below(6)]
-    strength = draws.uniform(len(images), 1, 1, 1) * math.sqrt(4 / max(cells, 4)) / 16
-    return moved(images, enlarged(draws.normal(len(images), 2, cells, cells), images, "bicubic") * strength)
+    batch = draws.rows(images)
+    strength = draws.uniform(batch, 1, 1, 1) * math.sqrt(4 / max(cells, 4)) / 16
+    return moved(images, enlarged(draws.normal(batch, 2, cells, cells), images, "bicubic") * strength)
 
 
 def _wave(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    batch, channels, height, width = images.shape
+    batch, (channels, height, width) = draws.rows(images), images.shape[1:]
     angle, pace, phase = draws.uniform(3, batch, 1, 1)
     y = torch.arange(height, device=images.device).view(1, -1, 1) / height
     x = torch.arange(width, device=images.device).view(1, 1, -1) / width
@@ -117,12 +124,12 @@ def _wave(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def _levels(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    steps = 2 + (draws.uniform(len(images), 1, 1, 1) * 14).floor()
+    steps = 2 + (draws.uniform(draws.rows(images), 1, 1, 1) * 14).floor()
     return (images * steps).round() / steps
 
 
 def _tone(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    batch, channels = images.shape[:2]
+    batch, channels = draws.rows(images), images.shape[1]
     gamma, contrast = (2 * draws.uniform(2, batch, 1, 1, 1) - 1) * torch.tensor([0.6, 0.5]).view(2, 1, 1, 1, 1).to(
         images
     )
@@ -133,14 +140,16 @@ def _tone(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def _noise(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    return images + draws.normal(*images.shape) * 0.15 * draws.uniform(len(images), 1, 1, 1)
+    batch = draws.rows(images)
+    return images + draws.normal(batch, *images.shape[1:]) * 0.15 * draws.uniform(batch, 1, 1, 1)
 
 
 def _filter(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """A random convolution of each image, at its own mean and contrast (RandConv, arXiv 2007.13003), blended in."""
     batch, channels, height, width = images.shape
     size = (1, 3, 3, 5)[draws.below(4)]
-    kernels = draws.normal(batch * channels, channels, size, size) / math.sqrt(channels * size**2)
+    kernels = draws.normal(draws.rows(images), channels, channels, size, size) / math.sqrt(channels * size**2)
+    kernels = kernels.expand(batch, -1, -1, -1, -1).flatten(0, 1)
     padded = F.pad(images, [size // 2] * 4, mode="replicate").flatten(0, 1)[None]
     filtered = F.conv2d(padded, kernels, groups=batch).view_as(images)
     deviation = images.std((2, 3), keepdim=True) / (filtered.std((2, 3), keepdim=True) + 1e-3)
@@ -150,12 +159,55 @@ def _filter(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _focus(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     blurred = F.avg_pool2d(F.pad(images, [1] * 4, mode="replicate"), 3, 1)
-    return images.lerp(blurred, 2 * draws.uniform(len(images), 1, 1, 1) - 1)  # sharper below 0
+    return images.lerp(blurred, 2 * draws.uniform(draws.rows(images), 1, 1, 1) - 1)  # sharper below 0
 
 
 KINDS: tuple[Callable[[torch.Tensor, Draws], torch.Tensor], ...] = (
     _field, _field, _image, _patch, _patch, _warp, _warp, _wave, _levels, _tone, _noise, _filter, _focus,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A corruption that does the same to every image. seed: of all that is drawn for it."""
+
+    kind: Callable[[torch.Tensor, Draws], torch.Tensor]
+    seed: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.kind(images, Draws(self.seed, images.device, shared=True)).clamp(0, 1)
+
+
+@torch.no_grad()
+def leading(
+    answers: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor, draws: Draws,
+    tries: int, *, each: int = 16, at_once: int = 8, per_class: int = 3, most: int = 30,
+) -> list[Fixed]:  # fmt: skip
+    """Of `tries` random corruptions those that lead a model furthest to a class: up to `per_class` to each, and of
+    these the `most` that lead furthest. Every kind is tried equally often, but for pictures that are blended in, which
+    each batch would draw from its own.
+
+    A backdoor answers to one warp, one wave or one colour field alone, which hardly any image of a few hundred epochs
+    would meet if each drew its own; its neighbours are found among some hundreds.
+
+    Args:
+        answers: probabilities [B, K] of corrupted images.
+        labels: int64 [N], of `images`. A corruption leads to a class by as much as it makes the class more probable, in
+            the mean over those of `each` images that are of other classes.
+    """
+    kinds = [kind for kind in dict.fromkeys(KINDS) if kind is not _image]
+    plain = answers(images)
+    others = (F.one_hot(labels, plain.shape[1]) == 0).float()
+    ways, ahead = [], []
+    for start in range(0, tries, at_once):
+        some = draws.order(len(images))[:each]
+        now = [Fixed(kinds[i % len(kinds)], draws.below(2**31)) for i in range(start, min(start + at_once, tries))]
+        changed = answers(torch.cat([way(images[some]) for way in now])).unflatten(0, (len(now), -1))
+        ahead.append(((changed - plain[some]) * others[some]).sum(1) / others[some].sum(0).clamp_min(1))
+        ways += now
+    by_class = torch.cat(ahead).topk(min(per_class, len(ways)), 0)
+    order = by_class.values.flatten().argsort(descending=True)[:most]
+    return [ways[i] for i in dict.fromkeys(by_class.indices.flatten()[order].tolist())]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 from ulrl.data.batches import Batches, normalise, pixels
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.base import Repair, register
-from ulrl.defenses.corruptions import Draws, Learning, corrupt
+from ulrl.defenses.corruptions import Draws, Fixed, Learning, corrupt, leading
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
@@ -24,6 +24,7 @@ from ulrl.training import Monitor, Objective
 
 _NEVER = -1e4  # the logit of a class that is left out
 _LOOKS = 4  # passes over the clean images that the classes' excess is measured on
+_SHOWN = 512  # clean images, at most, on which corruptions that lead astray are sought
 
 
 @register("harden")
@@ -62,6 +63,7 @@ class Harden(FineTuning):
     keep_weight: float = option(3.0, "weight of keeping the softened answers", low=0)
     temperature: float = option(4.0, "softness of those answers", low=1)
     learning_share: float = option(0.5, "share of the corruptions that learn", low=0, high=1)
+    tries: int = option(1800, "corruptions among which those that lead astray are sought; 0: none", low=0)
     init: bool = option(True, "draw the flagged classes' rows of the head anew")
     alpha: float = option(0.5, "weight of the redrawn rows' cosine with what they were", low=0)
     excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
@@ -83,6 +85,7 @@ class Harden(FineTuning):
         neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)
         flagged = flagged_classes(neurons)
         corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
+        corruptions.seek(original, clean, self.tries, self.amp)
         likeness = redraw(head, flagged if self.init else [], self.random_seed)
         self._train(model, clean, monitor, "harden", self.epochs, self.lr, corruptions,
                     self._hardening(original, _mask(flagged, clean), corruptions, likeness))  # fmt: skip
@@ -172,14 +175,33 @@ class _Corruptions:
     def __init__(self, spec: DatasetSpec, draws: Draws, learning_share: float) -> None:
         self.draws, self.learning = draws, Learning(draws)
         self._spec, self._share = spec, learning_share
+        self._found: list[Fixed] = []
+
+    def seek(self, model: nn.Module, clean: ImageSet, tries: int, amp: bool) -> None:
+        """Take half of the random corruptions from those of `tries` that lead `model` astray."""
+
+        def answers(images: torch.Tensor) -> torch.Tensor:
+            with autocast(clean.device, amp):
+                return model(normalise(images * 255, self._spec)).float().softmax(1)
+
+        if tries:
+            x, y = next(iter(Batches(clean.subset(self.draws.order(len(clean))[:_SHOWN]), _SHOWN)))
+            self._found = leading(answers, self._shown(x), y, self.draws, tries)
+
+    def _shown(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images as the corruptions take them."""
+        return (pixels(x, self._spec) / 255).clamp(0, 1)
 
     def __call__(self, x: torch.Tensor, learning_share: float | None = None) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            images = (pixels(x, self._spec) / 255).clamp(0, 1)
+            images = self._shown(x)
             share = self._share if learning_share is None else learning_share
             first = len(x) - round(share * len(x))
-            changed = torch.cat([corrupt(images[:first], self.draws), self.learning.apply(images[first:])])
-            return normalise(changed * 255, self._spec)
+            found = first // 2 if self._found and learning_share is None else 0
+            parts = images[:found].split(2) if found else ()
+            changed = [self._found[self.draws.below(len(self._found))](part) for part in parts]
+            changed += [corrupt(images[found:first], self.draws), self.learning.apply(images[first:])]
+            return normalise(torch.cat(changed) * 255, self._spec)
 
 
 def _mask(classes: list[int], data: ImageSet) -> torch.Tensor:
