@@ -33,7 +33,8 @@ class Harden(FineTuning):
     """Two stages on the clean images alone, between which the target is looked for. A backdoor is a corruption that
     the model obeys; the corruptions here are random ones and ones that learn what hurts (see `corruptions`).
 
-    1. Harden. Of each batch one half stays plain and the other is corrupted. The loss is `label_weight` *
+    1. Harden. Of each batch one half stays plain and the other is corrupted, a quarter of it by those of `tries`
+       random corruptions that lead the original furthest to each class. The loss is `label_weight` *
        cross-entropy + KL(original on the plain image || model) + `keep_weight` * KL at temperature `temperature` over
        the plain half. The classes that ULRL's diagnosis flags have their rows of the head drawn anew before, `alpha`
        times their cosine with what they were is added, and on images of other classes they are left out of both
@@ -52,8 +53,8 @@ class Harden(FineTuning):
     corruptions are what holds the hardening.
 
     Weights and corruptions were chosen by ASR and accuracy on four development records and a clean net (BadNets,
-    Blended, WaNet, SSBA on fashion_scenes; `hold_weight` by accuracy, and tried on four more, see docs/method.md), and
-    are the same for all. It sees clean samples only.
+    Blended, WaNet, SSBA on fashion_scenes; `hold_weight` by accuracy, and tried on four more; `tries` is the first value,
+    tried on SIG, see docs/method.md), and are the same for all. It sees clean samples only.
     """
 
     batch_size: int = option(128, "clean images per step", low=2)
