@@ -44,7 +44,9 @@ def files(
     )
     weights = backdoored.state_dict()
     safetensors.torch.save_file(weights, root / "net.safetensors")
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}}, root / "parallel.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"_orig_mod.module.{k}": w for k, w in weights.items()}}, root / "parallel.pt"
+    )
     torch.save({"model": weights, "model_name": "net"}, root / "record.pt")
     torch.save({"net": weights, "acc": 0.9, "epoch": 3}, root / "net.pt")
     torch.save({"epoch": 3, "model_state_dict": weights, "optimizer_state_dict": {"state": {}}}, root / "lightning.pt")

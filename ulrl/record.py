@@ -25,7 +25,7 @@ from ulrl.untrusted.images import read_png
 from ulrl.untrusted.opening import real_path
 from ulrl.untrusted.texts import read_json
 from ulrl.untrusted.torchfiles import load_torch
-from ulrl.untrusted.weights import check_weights
+from ulrl.untrusted.weights import check_weights, plain_name
 
 INFO_FILE = "info.pickle"
 KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
@@ -227,9 +227,8 @@ def _pixels(file: Path, inside: Path, spec: DatasetSpec) -> torch.Tensor:
 
 
 def _modern_name(name: str) -> str:
-    """Without DataParallel's prefix, and with the names of today's torchvision ViT."""
-    name = name.removeprefix("module.")
-    return name.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
+    """Plain, and with the names of today's torchvision ViT."""
+    return plain_name(name).replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
 
 
 def _attack_name(folder: Path, inside: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
         weights = weights[inner[0]]
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"{file} holds no state_dict, name to tensor; save model.state_dict()")
-    return check_weights(file, {str(name).removeprefix("module."): w for name, w in weights.items()}, len(weights))
+    return check_weights(file, {plain_name(str(name)): w for name, w in weights.items()}, len(weights))
+
+
+def plain_name(name: str) -> str:
+    """Without what DataParallel and torch.compile put before it, in any order."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
 
 
 def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, torch.Tensor]:
