@@ -13,8 +13,9 @@ from torch.optim.swa_utils import update_bn
 
 from ulrl.data.batches import Batches, normalise, pixels
 from ulrl.data.imageset import DatasetSpec, ImageSet
+from ulrl.defenses.astray import Fixed, Learning, leading
 from ulrl.defenses.base import Repair, register
-from ulrl.defenses.corruptions import Draws, Fixed, Learning, corrupt, leading
+from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
@@ -31,7 +32,7 @@ _SHOWN = 512  # clean images, at most, on which corruptions that lead astray are
 @dataclass(frozen=True)
 class Harden(FineTuning):
     """Two stages on the clean images alone, between which the target is looked for. A backdoor is a corruption that
-    the model obeys; the corruptions here are random ones and ones that learn what hurts (see `corruptions`).
+    the model obeys; the corruptions here are random ones and ones that lead it astray (see `corruptions`, `astray`).
 
     1. Harden. Of each batch one half stays plain and the other is corrupted, a quarter of it by those of `tries`
        random corruptions that lead the original furthest to each class. The loss is `label_weight` *
