@@ -4,7 +4,8 @@ Each DIR is a checkout of theirs, whose code is run from a scratch folder, patch
 whose launcher this is), to have the record's width, and to judge less: of a test set its own judging sees the first
 batch alone, or, where it chooses by it, the first eight; where its table is all that it leaves (NC, NPD, TSBD),
 everything. TSBD's two files belong into BackdoorBench's checkout, as defense/tsbd.py and
-config/defense/tsbd/config.yaml; of its eleven shares of filters one is tried. What has no checkout is left out.
+config/defense/tsbd/config.yaml; of its eleven shares of filters one is tried. NC needs OpenCV to be installed.
+What has no checkout is left out.
 
 In the scratch folder fashion_scenes lies as CIFAR-10's files, which all of them read, and beside it one BadNets record
 of ours, whose model is trained there or is that of a victim of the bench (--victim). Both sides repair it with the same
