@@ -13,12 +13,14 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from bench import pages, speed, successor
 from bench.idle import idle_jobs
 from bench.pages import cell, interval, with_earlier, write_block, write_csv
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
+from bench.release_agreement import whole
 from bench.successor import COLUMNS, PREFIX, RATIO, front, goal, table
 from bench.tables import FOLDER, _marks, _reactivations, _titles, distance, ranking, words
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
@@ -33,6 +35,18 @@ from ulrl.sweep.jobs import State
 @pytest.mark.parametrize("path", sorted(p.relative_to(pages.FOLDER) for p in pages.FOLDER.rglob("*.py")), ids=str)
 def test_every_script_still_finds_what_it_imports(path: Path) -> None:
     importlib.import_module(".".join(["bench", *path.with_suffix("").parts]).removesuffix(".__init__"))
+
+
+def test_pruned_weights_are_put_together_as_the_net_uses_them() -> None:
+    """FP's release leaves weights and masks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    prune.random_unstructured(net[1], "weight", amount=0.5)
+    other = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    other.load_state_dict(whole(net.state_dict()))
+    x = torch.rand(5, 4)
+    assert torch.equal(other(x), net(x))
+    assert (other[1].weight == 0).sum() == 3
 
 
 def test_an_interval_is_students() -> None:

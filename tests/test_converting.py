@@ -23,7 +23,7 @@ SPEC = DatasetSpec("toy", peer.CLASSES, 3, peer.HEIGHT, peer.WIDTH, (0.5,) * 3, 
 def record(tmp_path: Path) -> Record:
     folder = tmp_path / "one"
     folder.mkdir()
-    peer.save(peer.content(folder, module_prefix="module."), folder / PICKLE)
+    peer.save({**peer.content(folder, module_prefix="module."), "clean_test": "0f"}, folder / PICKLE)
     torch.save({"attack": "badnet"}, folder / "info.pickle")
     return load_record(folder)
 
@@ -32,7 +32,7 @@ def same(a: Record, b: Record) -> None:
     assert {k: (v.dtype, v.tolist()) for k, v in a.state_dict.items()} == {
         k: (v.dtype, v.tolist()) for k, v in b.state_dict.items()
     }
-    for name in ("model_name", "num_classes", "dataset", "data_path", "img_size", "attack"):
+    for name in ("model_name", "num_classes", "dataset", "data_path", "img_size", "attack", "clean_test"):
         assert getattr(a, name) == getattr(b, name), name
     for split in ("bd_train", "bd_test"):
         one, other = getattr(a, split), getattr(b, split)

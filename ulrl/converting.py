@@ -50,15 +50,15 @@ def convert(record: Record, options: ConvertOptions) -> Path:
         raise UserError(f"--out {name}: a plain name, of a folder beside {record.name}")
     new = record.folder.parent / name
     with whole_folder(new, overwrite=options.overwrite) as partial:
-        raw = load_raw(old, inside)
+        raw = {**load_raw(old, inside), "attack": record.attack, "clean_test": record.clean_test}
         for split in SPLITS:
             if (state := getattr(record, split)) is not None:  # the samples that were looked at, no others
                 container = raw[split]["bd_data_container"]
                 container["data_dict"] = {i: container["data_dict"][i] for i in state.indices.tolist()}
         if options.to == "safetensors":
-            save_plain(raw, record.attack, partial / PLAIN)
+            save_plain(raw, partial / PLAIN)
         else:
-            save_pickle(raw, KEYS, partial / PICKLE)
+            save_pickle(raw, (*KEYS, "clean_test"), partial / PICKLE)
             save_torch({"attack": record.attack}, partial / INFO_FILE)
         for state in (record.bd_train, record.bd_test):
             if state is not None and (record.folder / state.folder).is_dir():

@@ -169,7 +169,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 def _read_folder(root: Path, run: PurifyRun) -> ImageSet:
     if not root.is_dir():
         raise UserError(f"--images {run.images}: there is no such folder")
-    names = subfolders(root, "--images")
+    names = subfolders(root)
     if len(names) < 2:
         raise UserError(f"--images {root} does not hold a subfolder per class")
     samples = by_class(root, names, some=True, flag="--images")

@@ -24,7 +24,7 @@ from ulrl.untrusted.torchfiles import MOST, load_torch
 
 SPLITS = ("bd_train", "bd_test")
 ARRAYS = ("original_index_array", "poison_indicator")
-NUMBERS_AND_TEXTS = ("model_name", "num_classes", "data_path", "img_size", "clean_data")
+NUMBERS_AND_TEXTS = ("model_name", "num_classes", "data_path", "img_size", "clean_data", "attack", "clean_test")
 
 
 def load_raw(file: Path, inside: Path) -> Any:
@@ -56,10 +56,10 @@ def load_raw(file: Path, inside: Path) -> Any:
     return raw
 
 
-def save_plain(raw: Mapping[str, Any], attack: str | None, file: Path) -> None:
-    """Write a checked record without a pickle. attack: its name, where it is known."""
+def save_plain(raw: Mapping[str, Any], file: Path) -> None:
+    """Write a checked record without a pickle."""
     tensors = {f"model/{name}": weight.contiguous().clone() for name, weight in raw["model"].items()}
-    about: dict[str, Any] = {key: raw[key] for key in NUMBERS_AND_TEXTS} | {"attack": attack}
+    about: dict[str, Any] = {key: raw[key] for key in NUMBERS_AND_TEXTS}
     for split in SPLITS:
         about[split] = None
         if (state := raw[split]) is not None:

@@ -159,8 +159,10 @@ def _splits(root: Path) -> tuple[Path, Path | None]:
     """Where the training and the test images lie; None where there is no such division.
 
     Raises:
-        UserError: there is one, by other names: those would be the classes.
+        UserError: no such folder; there is a division, by other names: those would be the classes.
     """
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; name the data with --dataset_path")
     inside = subfolders(root)
     if "train" in inside:
         for test in ("test", "val"):
@@ -213,9 +215,9 @@ def by_class(root: Path, classes: Sequence[str], *, some: bool = False, flag: st
     return samples
 
 
-def subfolders(folder: Path, flag: str = "--dataset_path") -> list[str]:
+def subfolders(folder: Path) -> list[str]:
     """The names of a folder's subfolders, in their order, without hidden ones."""
-    return sorted(entry.name for entry in _entries(folder, flag) if entry.is_dir())
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
 def _images(folder: Path | str, depth: int = 0) -> Iterator[str]:
@@ -230,10 +232,10 @@ def _images(folder: Path | str, depth: int = 0) -> Iterator[str]:
                 yield entry.path
 
 
-def _entries(folder: Path | str, flag: str = "--dataset_path") -> list[os.DirEntry[str]]:
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
     """What a folder holds, but for hidden things."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); see that {flag} is right") from None
+        raise UserError(f"{folder} cannot be read ({error.strerror}); see that it is there and may be read") from None

@@ -16,7 +16,8 @@ from ulrl.defenses.corruptions import KINDS, Draws, enlarged, image, moved
 
 @dataclass(frozen=True)
 class Fixed:
-    """A corruption that does the same to every image. seed: of all that is drawn for it."""
+    """A corruption that does the same to every image, but that a patch may be cut from one of them. seed: of all that
+    is drawn for it."""
 
     kind: Callable[[torch.Tensor, Draws], torch.Tensor]
     seed: int
@@ -43,7 +44,7 @@ def leading(
             the mean over those of `each` images that are of other classes.
     """
     kinds = [kind for kind in dict.fromkeys(KINDS) if kind is not image]
-    plain = answers(images)
+    plain = torch.cat([answers(part) for part in images.split(each * at_once)])
     others = (F.one_hot(labels, plain.shape[1]) == 0).float()
     ways, ahead = [], []
     for start in range(0, tries, at_once):
