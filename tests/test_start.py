@@ -111,6 +111,21 @@ def test_a_mistake_is_told_at_once(command: tuple[str, ...], words: str, tmp_pat
     assert words in text
 
 
+def test_a_python_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
+    """As in a shell where the environment was not activated."""
+    (tmp_path / "record" / "x").mkdir(parents=True)
+    (tmp_path / "record" / "x" / "attack_result.pt").touch()
+    without = "import sys; sys.modules['torch'] = None"
+    run = f"{without}; from ulrl.cli import main; main(['defense', 'ft', '--result_file', 'x'])"
+    done = subprocess.run(
+        [sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ULRL_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"ulrl: {sys.executable} has no torch; `source .venv/bin/activate`")
+    assert "Traceback" not in done.stderr
+
+
 def test_every_kind_of_method_shows_its_help_at_once(tmp_path: Path) -> None:
     for command in (("attack", "lira"), ("defense", "i-bau")):
         assert said(*command, "--help", home=tmp_path)[:2] == (0, [])

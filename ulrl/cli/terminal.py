@@ -42,8 +42,18 @@ def first_name(argv: Sequence[str], command: str, what: str) -> tuple[str, Seque
 
 
 def same_bits() -> None:
-    """Ask torch, which is imported by this at the latest, for the same result every time."""
-    import torch
+    """Ask torch, which is imported by this at the latest, for the same result every time.
+
+    Raises:
+        UserError: there is none, as in a shell where the environment was not activated.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{sys.executable} has no {error.name}; `source .venv/bin/activate` first, and before that, once, "
+            "`bash sh/install.sh`"
+        ) from None
 
     torch.backends.cudnn.deterministic = True
 
