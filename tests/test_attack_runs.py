@@ -102,6 +102,7 @@ def test_a_backdoor_that_did_not_take_is_called_that(
             result_table(result),
             result_table(repaired),
             record_table(record, [Run(folder, result)]),
+            record_table(record, [Run(folder / "defense" / "clp", repaired)]),  # as of BackdoorBench's, without its own
             comparison_table(folder.name, [repaired], 0),
         ):
             table = Console(file=io.StringIO(), width=120)

@@ -219,9 +219,11 @@ def test_lists_in_every_spelling(from_yaml: Callable[[str], dict[str, Any]]) -> 
     assert flags("--steplr_milestones=10,20") == wanted
     assert flags("--steplr_milestones", "10,", "20", "--lr", "1") == {**wanted, "lr": 1.0}
     assert from_yaml("steplr_milestones: [10, 20]") == wanted
+    assert from_yaml("steplr_milestones: [10.0, 20]") == wanted
     assert from_yaml("steplr_milestones: 10, 20") == wanted
     assert from_yaml("steplr_milestones:\n- 10\n- 20\n") == wanted
     assert from_yaml("steplr_milestones: []") == {"steplr_milestones": ()}
+    assert flags("--steplr_milestones", "none") == {"steplr_milestones": ()}  # as --help writes it
 
 
 def test_numbers_that_yaml_takes_for_text(from_yaml: Callable[[str], dict[str, Any]]) -> None:

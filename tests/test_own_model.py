@@ -195,6 +195,7 @@ class Stubborn(Net):
             {"model": Wrapped(Net(), lambda z: z.softmax(1))},
             "returns probabilities, and logits are needed; take the softmax",
         ),
+        ({"model": Wrapped(Net(), torch.sigmoid)}, "logits are needed; take the sigmoid out"),
         ({"device": "cuda:77"}, "no such device"),
         ({"augment": lambda x: None, **QUICK}, "augment makes NoneType of ["),
         ({"augment": lambda x: x[:, :, 1:], **QUICK}, "it must keep the shape"),

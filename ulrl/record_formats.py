@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
 from ulrl.errors import UserError
 from ulrl.files import save_torch
 from ulrl.record_folder import PLAIN
-from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, load_torch
+from ulrl.untrusted.weights import load_safetensors
 
 SPLITS = ("bd_train", "bd_test")
 ARRAYS = ("original_index_array", "poison_indicator")
@@ -35,24 +34,22 @@ def load_raw(file: Path, inside: Path) -> Any:
     """
     if file.name != PLAIN:
         return load_torch(file, inside=inside)
-    with opened(file, MOST, inside):
-        try:
-            with safetensors.safe_open(str(file), "pt") as content:
-                raw: dict[str, Any] = json.loads(content.metadata()["record"])
-            tensors = safetensors.torch.load_file(str(file))
-            raw["model"] = {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")}
-            for split in SPLITS:
-                if raw[split] is not None:
-                    raw[split] |= {name: tensors[f"{split}/{name}"].numpy() for name in ARRAYS}
-                    container = raw[split]["bd_data_container"]
-                    container["data_dict"] = {
-                        index: {"path": path, "other_info": [label, original]}
-                        for index, path, label, original in container["data_dict"]
-                    }
-        except Exception as error:  # whatever is made of a stranger's bytes
-            raise UserError(
-                f"{file} is no record in safetensors ({type(error).__name__}: {error}); convert it again"
-            ) from None
+    metadata, tensors = load_safetensors(file, MOST, inside)
+    try:
+        raw: dict[str, Any] = json.loads(metadata["record"])
+        raw["model"] = {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")}
+        for split in SPLITS:
+            if raw[split] is not None:
+                raw[split] |= {name: tensors[f"{split}/{name}"].numpy() for name in ARRAYS}
+                container = raw[split]["bd_data_container"]
+                container["data_dict"] = {
+                    index: {"path": path, "other_info": [label, original]}
+                    for index, path, label, original in container["data_dict"]
+                }
+    except Exception as error:  # whatever is made of a stranger's texts
+        raise UserError(
+            f"{file} is no record in safetensors ({type(error).__name__}: {error}); convert it again"
+        ) from None
     return raw
 
 

@@ -109,6 +109,8 @@ def weights() -> Iterator[Case]:
         ("nothing", b""),
     ):
         yield case(f"safetensors with {name}", header, "", "w.safetensors", slow=name in ("cut", "nothing"))
+    many = {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    yield case("safetensors with empty tensors", _header(many), "holds 100000 tensors", "w.safetensors")
     for name, make, word in (
         ("a pipe", lambda f: os.mkfifo(f), "a pipe"),
         ("a folder", lambda f: f.mkdir(), "a folder"),

@@ -73,7 +73,8 @@ def results(argv: Sequence[str]) -> None:
             # What was measured on other data or in another net is not to be compared, and widens the table.
             apart = [key for key in ("dataset", "model") if key in summary]
             for _, part in summary.groupby(apart, sort=False) if apart else [((), summary)]:
-                print_table(summary_table(part, f"{part.n[~part.oracle].sum()} runs below {root}"))
+                runs = int(part.n[~part.oracle].sum())
+                print_table(summary_table(part, f"{runs} run{'s' * (runs != 1)} below {root}"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def report(argv: Sequence[str]) -> None:
     from ulrl.report.page import write_report
 
     runs = write_report(root, Path(options.out))
-    print(f"{options.out}: {runs} runs; open it in a browser")
+    print(f"{options.out}: {runs} run{'s' * (runs != 1)}; open it in a browser")
 
 
 FIGURES = ("asr-acc", "heatmap", "ranking", "tsne")

@@ -73,8 +73,9 @@ def prepare(
         logits = torch.cat([subject(part).float() for part in x.split(eval_batch(place))])
     if not logits.isfinite().all():
         raise UserError("the model gives NaN or infinite logits for some images; check it, and their normalisation")
-    if logits.min() >= 0 and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        raise UserError("the model returns probabilities, and logits are needed; take the softmax out of its forward")
+    if logits.min() >= 0 and logits.max() <= 1:
+        last = "softmax" if ((logits.sum(1) - 1).abs() < 1e-3).all() else "sigmoid"
+        raise UserError(f"the model returns probabilities, and logits are needed; take the {last} out of its forward")
     wrong = (y < 0) | (y >= classes)
     if wrong.any():
         raise UserError(

@@ -85,7 +85,8 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
     table = Table(title=escape(printable(record.name)), title_style="bold", caption=caption)
     for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
         table.add_column(column, justify="right" if column.endswith("%") else "left")
-    if any(run.result["kind"] == "attack" and took(run.result["after"]["asr"]) is False for run in runs):
+    asrs = (run.result["after" if run.result["kind"] == "attack" else "before"]["asr"] for run in runs)
+    if any(took(asr) is False for asr in asrs):
         about.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%")
     for run in runs:
         result, figures = run.result, [_percent(run.result["after"][k]) for k in ("acc", "asr", "ra")]

@@ -246,7 +246,9 @@ def status(jobs: Sequence[Job]) -> list[str]:
 
 def _counts(states: Mapping[str, State]) -> str:
     count = Counter(states.values())
-    return f"{len(states)} runs: " + ", ".join(f"{count[s]} {s.value}" for s in State if count[s])
+    return f"{len(states)} run{'s' * (len(states) != 1)}: " + ", ".join(
+        f"{count[s]} {s.value}" for s in State if count[s]
+    )
 
 
 def _progress(job: Job, board: Board, clock: Clock, abreast: int) -> str:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -15,6 +16,7 @@ from ulrl.untrusted.torchfiles import MOST, Other, load_torch
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")
 TIED = 16  # weights that may be the same bytes
+TENSORS = 30_000  # that a safetensors file may hold; a large model has a tenth
 
 
 def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
@@ -30,11 +32,7 @@ def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
     """
     weights: Any
     if file.suffix == ".safetensors":
-        with opened(file, most):
-            try:
-                weights = safetensors.torch.load_file(str(file))
-            except Exception as error:  # whatever it makes of a stranger's bytes
-                raise UserError(f"{file} is damaged, or no safetensors file ({error}); fetch it again") from None
+        _, weights = load_safetensors(file, most)
     else:
         weights = load_torch(file, most=most)
     while isinstance(weights, dict) and (inner := [k for k in WRAPPINGS if isinstance(weights.get(k), dict)]):
@@ -42,6 +40,26 @@ def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"{file} holds no state_dict, name to tensor; save model.state_dict()")
     return check_weights(file, {plain_name(str(name)): w for name, w in weights.items()}, len(weights))
+
+
+def load_safetensors(
+    file: Path, most: int, inside: Path | None = None
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The metadata and the tensors of a safetensors file; `most` and `inside` as for `opened`.
+
+    Raises:
+        UserError: it cannot be read, or holds more than TENSORS.
+    """
+    with opened(file, most, inside):
+        try:
+            with safetensors.safe_open(str(file), "pt") as content:
+                metadata, count = content.metadata() or {}, len(content.keys())
+            tensors = safetensors.torch.load_file(str(file)) if count <= TENSORS else {}
+        except Exception as error:  # whatever it makes of a stranger's bytes
+            raise UserError(f"{file} is damaged, or no safetensors file ({error}); fetch it again") from None
+    if count > TENSORS:
+        raise UserError(f"{file} holds {count} tensors, more than the {TENSORS} of any model; do not trust it")
+    return metadata, tensors
 
 
 def plain_name(name: str) -> str:
