@@ -5,38 +5,76 @@ Images are as in `corruptions`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ulrl.defenses.corruptions import KINDS, Draws, enlarged, image, moved
+from ulrl.seeds import generator
+
+STEPS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.09)  # aside, round by round, in search of what leads astray
+
+
+class _Near(Draws):
+    """What one seed draws, the same for every image, after some steps aside, each (seed, size in [0, 1]).
+
+    Each number comes from a normal one, z, of which a step makes sqrt(1 - size^2) z + size z' (preconditioned
+    Crank-Nicolson, arXiv 1202.0709): what is drawn stays as likely as before, however many steps there are.
+    """
+
+    def __init__(self, seed: int, device: torch.device, steps: Sequence[tuple[int, float]]) -> None:
+        super().__init__(seed, device)
+        self._steps = [(generator(way, "corruptions", device), size) for way, size in steps]
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.special.ndtr(self.normal(*shape))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        drawn = super().normal(*shape)
+        for numbers, size in self._steps:
+            aside = torch.randn(shape, generator=numbers, device=numbers.device)
+            drawn = math.sqrt(1 - size**2) * drawn + size * aside
+        return drawn
+
+    def rows(self, images: torch.Tensor) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A corruption that does the same to every image, but that a patch may be cut from one of them. seed: of all that
-    is drawn for it."""
+    """A corruption that does the same to every image, but that a patch may be cut from one of them.
+
+    seed: of all that is drawn for it. steps: (seed, size) of those from there to its neighbours.
+    """
 
     kind: Callable[[torch.Tensor, Draws], torch.Tensor]
     seed: int
+    steps: tuple[tuple[int, float], ...] = ()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return self.kind(images, Draws(self.seed, images.device, shared=True)).clamp(0, 1)
+        return self.kind(images, _Near(self.seed, images.device, self.steps)).clamp(0, 1)
+
+    def near(self, draws: Draws, size: float) -> Fixed:
+        """One like it: all that is drawn for it a step aside. size: of the step, 0: none, 1: as far as any."""
+        return Fixed(self.kind, self.seed, (*self.steps, (draws.below(2**31), size)))
 
 
 @torch.no_grad()
 def leading(
     answers: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor, draws: Draws,
     tries: int, *, each: int = 16, at_once: int = 8, per_class: int = 3, most: int = 30,
-) -> list[Fixed]:  # fmt: skip
-    """Of `tries` random corruptions those that lead a model furthest to a class: up to `per_class` to each, and of
-    these the `most` that lead furthest. Every kind is tried equally often, but for pictures that are blended in, which
-    each batch would draw from its own.
+) -> dict[Fixed, float]:  # fmt: skip
+    """Of `tries` corruptions those that lead a model furthest to a class, up to `per_class` to each and of these the
+    `most` that lead furthest, and how far they do.
+
+    A third is drawn at random, every kind equally often but for pictures that are blended in, which each batch would
+    draw from its own. The others are, in rounds of smaller and smaller steps, near those that lead furthest by then.
 
     A backdoor answers to one warp, one wave or one colour field alone, which hardly any image of a few hundred epochs
-    would meet if each drew its own; its neighbours are found among some hundreds.
+    would meet if each drew its own; something like it is found among some hundreds, and itself from there.
 
     Args:
         answers: probabilities [B, K] of corrupted images.
@@ -46,16 +84,28 @@ def leading(
     kinds = [kind for kind in dict.fromkeys(KINDS) if kind is not image]
     plain = torch.cat([answers(part) for part in images.split(each * at_once)])
     others = (F.one_hot(labels, plain.shape[1]) == 0).float()
-    ways, ahead = [], []
-    for start in range(0, tries, at_once):
-        some = draws.order(len(images))[:each]
-        now = [Fixed(kinds[i % len(kinds)], draws.below(2**31)) for i in range(start, min(start + at_once, tries))]
-        changed = answers(torch.cat([way(images[some]) for way in now])).unflatten(0, (len(now), -1))
-        ahead.append(((changed - plain[some]) * others[some]).sum(1) / others[some].sum(0).clamp_min(1))
-        ways += now
-    by_class = torch.cat(ahead).topk(min(per_class, len(ways)), 0)
-    order = by_class.values.flatten().argsort(descending=True)[:most]
-    return [ways[i] for i in dict.fromkeys(by_class.indices.flatten()[order].tolist())]
+    tried: list[Fixed] = []
+    leads: list[torch.Tensor] = []  # [*, K] each
+
+    def attempt(ways: list[Fixed]) -> dict[Fixed, float]:
+        for start in range(0, len(ways), at_once):
+            some, now = draws.order(len(images))[:each], ways[start : start + at_once]
+            changed = answers(torch.cat([way(images[some]) for way in now])).unflatten(0, (len(now), -1))
+            leads.append(((changed - plain[some]) * others[some]).sum(1) / others[some].sum(0).clamp_min(1))
+        tried.extend(ways)
+        together = torch.cat(leads)
+        best = together.topk(min(per_class, len(tried)), 0)
+        order = best.values.flatten().argsort(descending=True)[:most]
+        far = together.amax(1).tolist()
+        return {tried[i]: far[i] for i in best.indices.flatten()[order].tolist()}
+
+    a_round = 2 * tries // (3 * len(STEPS))
+    first = tries - a_round * len(STEPS)
+    found = attempt([Fixed(kinds[i % len(kinds)], draws.below(2**31)) for i in range(first)])
+    for size in STEPS:
+        ways = list(found)
+        found = attempt([ways[i % len(ways)].near(draws, size) for i in range(a_round)])
+    return found
 
 
 @dataclass

@@ -19,11 +19,9 @@ GROUPS = 4  # into which a batch is cut, each corrupted in a way of its own
 
 
 class Draws:
-    """Everything random here, drawn from the streams of one seed. shared: whatever is drawn for some images is the
-    same for each of them."""
+    """Everything random here, drawn from the streams of one seed."""
 
-    def __init__(self, seed: int, device: torch.device, shared: bool = False) -> None:
-        self.shared = shared
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._numbers = generator(seed, "corruptions", device)
         self._choices = generator(seed, "corruption kinds")  # on the CPU, so that a choice never waits for the device
 
@@ -34,14 +32,21 @@ class Draws:
         return torch.randn(shape, generator=self._numbers, device=self._numbers.device)
 
     def rows(self, images: torch.Tensor) -> int:
-        """For how many images something is drawn: for each, or one for all."""
-        return 1 if self.shared else len(images)
+        """For how many images something is drawn: for each of them."""
+        return len(images)
 
     def order(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self._numbers, device=self._numbers.device)
 
     def below(self, n: int) -> int:
         return int(torch.randint(n, (), generator=self._choices))
+
+    def among(self, weights: torch.Tensor) -> int:
+        """A place in `weights`, float [N] on the CPU, as often as its weight is large."""
+        return int(torch.multinomial(weights, 1, generator=self._choices))
+
+    def share(self) -> float:
+        return float(torch.rand((), generator=self._choices))
 
 
 def corrupt(images: torch.Tensor, draws: Draws, most: int = 3) -> torch.Tensor:

@@ -25,6 +25,7 @@ from ulrl.training import Monitor, Objective
 
 _NEVER = -1e4  # the logit of a class that is left out
 _LOOKS = 4  # passes over the clean images that the classes' excess is measured on
+_ASIDE = 0.3  # step from a corruption that was found, at most
 _SHOWN = 512  # clean images, at most, on which corruptions that lead astray are sought
 
 
@@ -34,8 +35,8 @@ class Harden(FineTuning):
     """Two stages on the clean images alone, between which the target is looked for. A backdoor is a corruption that
     the model obeys; the corruptions here are random ones and ones that lead it astray (see `corruptions`, `astray`).
 
-    1. Harden. Of each batch one half stays plain and the other is corrupted, a quarter of it by those of `tries`
-       random corruptions that lead the original furthest to each class. The loss is `label_weight` *
+    1. Harden. Of each batch one half stays plain and the other is corrupted, a quarter of it near those of
+       `tries` corruptions that lead the original furthest to each class. The loss is `label_weight` *
        cross-entropy + KL(original on the plain image || model) + `keep_weight` * KL at temperature `temperature` over
        the plain half. The classes that ULRL's diagnosis flags have their rows of the head drawn anew before, `alpha`
        times their cosine with what they were is added, and on images of other classes they are left out of both
@@ -177,10 +178,11 @@ class _Corruptions:
     def __init__(self, spec: DatasetSpec, draws: Draws, learning_share: float) -> None:
         self.draws, self.learning = draws, Learning(draws)
         self._spec, self._share = spec, learning_share
-        self._found: list[Fixed] = []
+        self._found, self._leads = list[Fixed](), torch.empty(0)
 
     def seek(self, model: nn.Module, clean: ImageSet, tries: int, amp: bool) -> None:
-        """Take half of the random corruptions from those of `tries` that lead `model` astray."""
+        """Take half of the random corruptions near those of `tries` that lead `model` astray, the more often the further
+        each leads."""
 
         def answers(images: torch.Tensor) -> torch.Tensor:
             with autocast(clean.device, amp):
@@ -188,7 +190,8 @@ class _Corruptions:
 
         if tries:
             x, y = next(iter(Batches(clean.subset(self.draws.order(len(clean))[:_SHOWN]), _SHOWN)))
-            self._found = leading(answers, self._shown(x), y, self.draws, tries)
+            found = leading(answers, self._shown(x), y, self.draws, tries)
+            self._found, self._leads = list(found), torch.tensor(list(found.values())).clamp_min(0.01)
 
     def _shown(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised images as the corruptions take them."""
@@ -201,9 +204,13 @@ class _Corruptions:
             first = len(x) - round(share * len(x))
             found = first // 2 if self._found and learning_share is None else 0
             parts = images[:found].split(2) if found else ()
-            changed = [self._found[self.draws.below(len(self._found))](part) for part in parts]
+            changed = [self._sought()(part) for part in parts]
             changed += [corrupt(images[found:first], self.draws), self.learning.apply(images[first:])]
             return normalise(torch.cat(changed) * 255, self._spec)
+
+    def _sought(self) -> Fixed:
+        found = self._found[self.draws.among(self._leads)]
+        return found.near(self.draws, _ASIDE * self.draws.share())
 
 
 def _mask(classes: list[int], data: ImageSet) -> torch.Tensor:
