@@ -181,8 +181,7 @@ class _Corruptions:
         self._found, self._leads = list[Fixed](), torch.empty(0)
 
     def seek(self, model: nn.Module, clean: ImageSet, tries: int, amp: bool) -> None:
-        """Take half of the random corruptions near those of `tries` that lead `model` astray, the more often the further
-        each leads."""
+        """Take half of the random corruptions near those of `tries` that lead `model` astray; who leads far, more."""
 
         def answers(images: torch.Tensor) -> torch.Tensor:
             with autocast(clean.device, amp):
