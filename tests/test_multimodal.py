@@ -243,3 +243,9 @@ def test_bad_input_is_one_line(flags: list[str], said: str, fashion: Path, capsy
     error = capsys.readouterr().err.strip().splitlines()
     assert said in error[-1]
     assert not (fashion / "record" / "clip").exists()
+
+
+def test_a_file_may_name_the_attack_and_its_options(fashion: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (fashion / "own.yaml").write_text("attack: blended\nattack_train_blended_alpha: 0.3\nattack_target: 10\n")
+    assert clip("--train_samples", "1200", "--yaml_path", str(fashion / "own.yaml")) == 2
+    assert "out of range" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from ulrl.cli.terminal import print_path, print_table, same_bits
 from ulrl.declared import declared
 from ulrl.options import Schema
 from ulrl.shipped import options_file
+from ulrl.untrusted.texts import read_yaml
 
 ABOUT = """Train a dual encoder for the scenes and their captions with a backdoor in it, and one without; repair the
 first by fine-tuning, by token-level unlearning and by ULRL's idea; judge each by zero-shot classification."""
@@ -16,12 +17,14 @@ first by fine-tuning, by token-level unlearning and by ULRL's idea; judge each b
 
 def clip(argv: Sequence[str]) -> None:
     run = declared("ulrl.multimodal.running", "ClipRun")
-    attack = method("attack", named_by("attack", argv, run.attack))
+    named = named_by("yaml_path", argv, "none")
+    file = options_file("clip/fashion_scenes" if named.lower() == "none" else named)
+    content = read_yaml(file)
+    attack = method("attack", named_by("attack", argv, str(content.get("attack") or run.attack)))
     training, repairing = declared("ulrl.training", "TrainOptions"), declared("ulrl.multimodal.repairs", "Repairing")
     schema = Schema(run, attack, training, repairing)
     flags = schema.flags(argv, "ulrl clip", ABOUT)
-    file = options_file(flags.get("yaml_path") or "clip/fashion_scenes")
-    settings, _ = schema.merge((str(file), schema.yaml(file)), ("given", flags))
+    settings, _ = schema.merge((str(file), schema.check(content, str(file))), ("given", flags))
     same_bits()
     from ulrl.attacks.base import ATTACKS
     from ulrl.multimodal.repairs import Repairing
