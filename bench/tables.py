@@ -20,7 +20,7 @@ from ulrl.sweep.jobs import AttackJob
 FOLDER = re.compile(r"bench_(.+)_r([\d.]+)_c(\d+)")
 ATTACKS_AFTER = ("before", "retuned", "query", "universal")
 # Harden's settings were chosen, or tried, on these.
-DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf", "sig", "trojannn")
+DEVELOPED_ON = ("badnet", "blended", "wanet", "ssba", "lf", "sig", "trojannn", "lc")
 PAGES = BENCH.parent
 FEWEST = 6  # records that the defenses share, for a ranking to be shown on the project's own pages
 
@@ -125,7 +125,7 @@ def report(profile: str, frame: pd.DataFrame) -> None:
     if profile != "smoke":
         frame = with_earlier(RESULTS / f"quality_{profile}.csv", frame, ("record", "defense", "ratio", "subset"))
     if frame.empty or "distance" not in frame:
-        print("no table: no repair is there, or nothing of the clean nets (--measure reach)")
+        print("no table: no repair is there, or nothing of the clean nets")
         return
     lines: list[str] = []
     victims = frame[frame.distance.notna()]
@@ -165,7 +165,7 @@ def words(runs: pd.DataFrame) -> list[str]:
     if ours is not None and ours.Index:
         behind = percent(ours.distance - best[0].distance)
         sentences.append(f"ULRL is number {ours.Index + 1}, {behind} points behind; it is worst on {ours.worst}.")
-    others = runs[~runs.attack.isin(DEVELOPED_ON)]
+    others = runs[~runs.attack.isin(DEVELOPED_ON) & runs.defense.isin(first.defense)]
     if "harden" in set(others.defense):
         apart = ranking(others)
         order = [f"{row.defense} {percent(row.distance)}" for row in apart[apart.ranked].itertuples()]
