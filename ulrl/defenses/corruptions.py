@@ -46,6 +46,7 @@ class Draws:
         return int(torch.multinomial(weights, 1, generator=self._choices))
 
     def share(self) -> float:
+        """A number in [0, 1), uniform."""
         return float(torch.rand((), generator=self._choices))
 
 
