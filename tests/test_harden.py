@@ -12,7 +12,8 @@ from torch import nn
 from ulrl.data.batches import normalise
 from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.corruptions import Draws
+from ulrl.defenses.astray import Fixed
+from ulrl.defenses.corruptions import KINDS, Draws
 from ulrl.defenses.harden import Harden, _Corruptions, _mask
 from ulrl.defenses.ulrl import ULRL
 from ulrl.training import Monitor
@@ -47,6 +48,21 @@ def test_corrupted_images_stay_in_their_order(clean: ImageSet, original: nn.Modu
     places = torch.arange(64.0)
     assert torch.corrcoef(torch.stack([seen[:16], places[:16]]))[0, 1] > 0.8, "those that were sought"
     assert torch.corrcoef(torch.stack([seen, places]))[0, 1] > 0.9
+
+
+def test_what_leads_far_is_used_more_and_never_twice_the_same(clean: ImageSet) -> None:
+    """The few that were found would be learnt by heart."""
+    method, draws = corruptions(clean), Draws(1, clean.device)
+    weak, strong = Fixed(KINDS[0], 1), Fixed(KINDS[0], 2)
+    method._found, method._leads = [weak, strong], torch.tensor([0.1, 0.9])
+    used = [method._sought() for _ in range(200)]
+    assert 150 < sum(way.seed == strong.seed for way in used) < 200
+    assert len(set(used)) == 200
+    images = torch.full((1, 1, 8, 8), 0.5)
+    near = [way(images) for way in used if way.seed == strong.seed]
+    drawn = [strong.near(draws, 1)(images) for _ in range(200)]  # anew, but for the size of its cells
+    nearer, far = ((torch.cat(made) - strong(images)).abs().mean().item() for made in (near, drawn))
+    assert 0 < nearer < far / 2
 
 
 def test_restoring_does_not_hear_the_original_on_flagged_classes(clean: ImageSet, original: nn.Module) -> None:

@@ -187,9 +187,8 @@ def _as(value: Any, kinds: tuple[Any, ...]) -> Any:
         return word in ("true", "yes", "1")
     if kind is tuple:
         parts = value if isinstance(value, (list, tuple)) else [value]
-        words = [str(part).replace(",", " ").split() if isinstance(part, str) else [part] for part in parts]
-        given = [word for some in words for word in some]
-        return () if given == ["none"] else tuple(_as(word, kinds[1:]) for word in given)  # as `--help` writes it
+        words = [w for part in parts for w in (part.replace(",", " ").split() if isinstance(part, str) else [part])]
+        return () if words == ["none"] else tuple(_as(word, kinds[1:]) for word in words)  # as `--help` writes it
     if kind is str:
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise TypeError

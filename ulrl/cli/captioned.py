@@ -18,7 +18,7 @@ first by fine-tuning, by token-level unlearning and by ULRL's idea; judge each b
 def clip(argv: Sequence[str]) -> None:
     run = declared("ulrl.multimodal.running", "ClipRun")
     named = named_by("yaml_path", argv, "none")
-    file = options_file("clip/fashion_scenes" if named.lower() == "none" else named)
+    file = options_file("clip/fashion_scenes" if named.lower() in ("", "none", "null") else named)
     content = read_yaml(file)
     attack = method("attack", named_by("attack", argv, str(content.get("attack") or run.attack)))
     training, repairing = declared("ulrl.training", "TrainOptions"), declared("ulrl.multimodal.repairs", "Repairing")

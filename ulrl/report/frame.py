@@ -78,6 +78,11 @@ def _took(result: Mapping[str, Any], maker: Mapping[str, Any] | None) -> bool | 
     """As what made the record says; else, as of BackdoorBench's, what it was measured to be before the defense."""
     if maker and maker.get("took") is not None:
         return bool(maker["took"])
+    return measured_to_take(result)
+
+
+def measured_to_take(result: Mapping[str, Any]) -> bool | None:
+    """Whether the backdoor of a run's record works, by the run's own figures; as `took`."""
     return took(result["before" if result["kind"] == "defense" else "after"]["asr"])
 
 

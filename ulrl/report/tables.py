@@ -13,9 +13,9 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ulrl.metrics import TOOK, took
+from ulrl.metrics import TOOK
 from ulrl.record import Record
-from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of
+from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of, measured_to_take
 from ulrl.report.pooling import best_of, notes_of, summarise
 from ulrl.report.results import Run, printable
 
@@ -48,7 +48,7 @@ def result_table(result: dict[str, Any]) -> RenderableType:
         if found := result.get("trigger"):
             figures = f"cosine {found['cosine']:.2f}, IoU {found['iou']:.2f}, turns {_percent(found['turned'])} %"
             lines.add_row("trigger", f"found for class {found['class']}: {figures}")
-    if took(result["before" if defended else "after"]["asr"]) is False:
+    if measured_to_take(result) is False:
         so = ", so this is no evidence" if defended else ""
         lines.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%{so}")
     lines.add_row("on", escape(printable(", ".join(about))))
@@ -85,8 +85,7 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
     table = Table(title=escape(printable(record.name)), title_style="bold", caption=caption)
     for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
         table.add_column(column, justify="right" if column.endswith("%") else "left")
-    asrs = (run.result["after" if run.result["kind"] == "attack" else "before"]["asr"] for run in runs)
-    if any(took(asr) is False for asr in asrs):
+    if any(measured_to_take(run.result) is False for run in runs):
         about.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%")
     for run in runs:
         result, figures = run.result, [_percent(run.result["after"][k]) for k in ("acc", "asr", "ra")]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from ulrl.errors import UserError
@@ -53,12 +52,12 @@ def load_safetensors(
     with opened(file, most, inside):
         try:
             with safetensors.safe_open(str(file), "pt") as content:
-                metadata, count = content.metadata() or {}, len(content.keys())
-            tensors = safetensors.torch.load_file(str(file)) if count <= TENSORS else {}
+                metadata, names = content.metadata() or {}, content.keys()
+                tensors = {name: content.get_tensor(name) for name in names} if len(names) <= TENSORS else {}
         except Exception as error:  # whatever it makes of a stranger's bytes
             raise UserError(f"{file} is damaged, or no safetensors file ({error}); fetch it again") from None
-    if count > TENSORS:
-        raise UserError(f"{file} holds {count} tensors, more than the {TENSORS} of any model; do not trust it")
+    if len(names) > TENSORS:
+        raise UserError(f"{file} holds {len(names)} tensors, more than the {TENSORS} of any model; do not trust it")
     return metadata, tensors
 
 
