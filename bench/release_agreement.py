@@ -38,7 +38,7 @@ import pandas as pd
 import torch
 import yaml
 
-from bench.pages import RESULTS, interval, percent, write_block, write_csv
+from bench.pages import RESULTS, interval, percent, with_earlier, write_block, write_csv
 from bench.release_speed import FST_RECORD, LAUNCHER, ROOT, write_batches
 from bench.victims import start
 from ulrl.data.datasets import dataset_spec, load_dataset
@@ -53,6 +53,7 @@ from ulrl.untrusted.torchfiles import load_torch
 
 DATA = Path("data/cifar10/cifar-10-batches-py")
 FIGURES = ("acc", "asr", "ra")
+KEY = ["defense", "seed", "side"]
 CHOOSES = 8  # test batches that a release sees which chooses by them
 
 # Into the launcher of theirs, before the script runs: their PreAct-ResNet18 at another width, and short tests.
@@ -269,18 +270,19 @@ def differs(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return abs(float(np.mean(ours) - np.mean(theirs))) > max(2 * error, 1e-9)
 
 
-def lines(rows: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
+def lines(runs: pd.DataFrame) -> list[str]:
     """The table: each figure of both sides, mean ±95% interval, a star where they differ."""
     text = ["| defense | seeds | ACC ours / theirs | ASR ours / theirs | RA ours / theirs | known to differ |",
             "|---|---:|---:|---:|---:|---|"]  # fmt: skip
-    for method, runs in rows.items():
+    for method in [name for name in RELEASES if name in set(runs.defense)]:
+        of_method = runs[runs.defense == method]
         cells = []
         for figure in FIGURES:
-            sides = [[run[side][figure] for run in runs] for side in ("ours", "theirs")]
+            sides = [of_method[of_method.side == side][figure].tolist() for side in ("ours", "theirs")]
             means = [interval(side)[:2] for side in sides]
             shown = [percent(m) + ("" if math.isnan(h) else f" ±{percent(h)}") for m, h in means]
             cells.append(" / ".join(shown) + (" *" if differs(*sides) else ""))
-        text.append(f"| {method} | {len(runs)} | {' | '.join(cells)} | {RELEASES[method].known} |")
+        text.append(f"| {method} | {of_method.seed.nunique()} | {' | '.join(cells)} | {RELEASES[method].known} |")
     return text
 
 
@@ -309,22 +311,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = load_record(scratch / "record" / "badnet")
         figures = judged(record, record.state_dict)
         before = ", ".join(f"{name.upper()} {percent(figures[name])}" for name in FIGURES)
-        rows: dict[str, list[dict[str, Any]]] = {}
+        trained = f"trained on {args.train_samples} images for {args.train_epochs} epochs"
+        setting = (
+            f"{args.clean_samples} clean images, {args.epochs or 'the releases'} epochs, {args.test_images} test "
+            f"images; the record's model is {f'that of {args.victim}' if args.victim else trained}: {before}."
+        )
+        runs = []
         for method, checkout in checkouts.items():
             for seed in range(args.seeds):
-                rows.setdefault(method, []).append(repaired(scratch, checkout.resolve(), method, seed, args))
-            print(lines({method: rows[method]})[-1], flush=True)
-    frame = pd.DataFrame(
-        [{"defense": method, "seed": seed, "side": side, **figures}
-         for method, runs in rows.items() for seed, run in enumerate(runs) for side, figures in run.items()]
-    )  # fmt: skip
-    write_csv(RESULTS / "release_agreement.csv", frame)
-    trained = f"trained on {args.train_samples} images for {args.train_epochs} epochs"
-    about = (
-        f"{args.clean_samples} clean images, {args.epochs or 'the releases'} epochs, {args.test_images} test images; "
-        f"the record's model is {f'that of {args.victim}' if args.victim else trained}: {before}. * differs."
-    )
-    write_block("release agreement", [about, "", *lines(rows)])
+                sides = repaired(scratch, checkout.resolve(), method, seed, args)
+                runs += [{"defense": method, "seed": seed, "side": side, **sides[side]} for side in sides]
+                print(runs[-2:], flush=True)
+    path = RESULTS / "release_agreement.csv"
+    frame = with_earlier(path, pd.DataFrame(runs).assign(setting=setting), KEY)
+    frame = frame[frame.setting == setting]  # what was measured otherwise is not comparable
+    write_csv(path, frame)
+    write_block("release agreement", [f"{setting} * differs.", "", *lines(frame)])
 
 
 if __name__ == "__main__":

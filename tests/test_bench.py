@@ -18,11 +18,13 @@ from torch.nn.utils import prune
 from bench import pages, speed, successor
 from bench.idle import idle_jobs
 from bench.pages import cell, interval, with_earlier, write_block, write_csv
+from bench.pictures import sight
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
-from bench.release_agreement import whole
+from bench.release_agreement import lines, whole
 from bench.successor import COLUMNS, PREFIX, RATIO, front, goal, table
 from bench.tables import FOLDER, _marks, _reactivations, _titles, distance, ranking, words
+from bench.valley import mixed
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet, PoisonedSet
@@ -47,6 +49,35 @@ def test_pruned_weights_are_put_together_as_the_net_uses_them() -> None:
     x = torch.rand(5, 4)
     assert torch.equal(other(x), net(x))
     assert (other[1].weight == 0).sum() == 3
+
+
+def test_agreement_is_of_both_sides_and_marks_what_differs() -> None:
+    rows = [("ft", 0, "ours", 0.8, 0.1), ("ft", 0, "theirs", 0.8, 0.5), ("ft", 1, "ours", 0.6, 0.1),
+            ("ft", 1, "theirs", 0.8, 0.5), ("clp", 0, "ours", 0.6, 0.2), ("clp", 0, "theirs", 0.6, 0.9)]  # fmt: skip
+    runs = pd.DataFrame(rows, columns=["defense", "seed", "side", "acc", "asr"]).assign(ra=0.5)
+    ft, clp = lines(runs)[2:]
+    assert ft.startswith("| ft | 2 | 70.0 ±127.1 / 80.0 ±0.0 | 10.0 ±0.0 / 50.0 ±0.0 * | ")
+    assert clp.startswith("| clp | 1 | 60.0 / 60.0 | 20.0 / 90.0 | 50.0 / 50.0 | ")
+
+
+def test_the_picture_shows_each_records_figures_on_its_own_line() -> None:
+    rows = [("a", "harden", 0.1, 0.6, 0.9), ("b", "harden", 0.2, 0.7, 0.3), ("a", "ulrl", 0.3, 0.8, 0.9)]
+    runs = pd.DataFrame(rows, columns=["record", "defense", "asr", "ra", "clean_ra"])
+    runs = runs.assign(attack=runs.record, clean_asr=0.0, asr_before=1.0, ra_before=0.0)
+    axes = sight(runs).axes
+    assert [tick.get_text() for tick in axes[0].get_yticklabels()] == ["b", "a"]  # the hardest to read first
+    for ax, of_harden, of_ulrl in zip(axes, ([20, 10], [70, 60]), (30, 80), strict=True):
+        points = {line.get_label(): line.get_xdata() for line in ax.lines}
+        assert points["harden"] == pytest.approx(of_harden)
+        assert points["ulrl"][1] == pytest.approx(of_ulrl)
+
+
+def test_the_ends_of_the_line_between_two_nets_are_the_nets() -> None:
+    a, b = nn.BatchNorm1d(2).state_dict(), nn.BatchNorm1d(2).state_dict()
+    b["weight"].add_(1)
+    assert torch.equal(mixed(a, b, 0.0)["weight"], a["weight"])
+    assert torch.equal(mixed(a, b, 1.0)["weight"], b["weight"])
+    assert torch.equal(mixed(a, b, 0.5)["weight"], a["weight"] + 0.5)
 
 
 def test_an_interval_is_students() -> None:
