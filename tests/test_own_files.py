@@ -232,8 +232,11 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         ("--model my_nets:Net --images photos --check --weights program.pt", "a TorchScript program', which no"),
         ("--model my_nets:Net --images photos --check --weights prefixed.pt", "; the file has net.body.0.0.weight"),
         ("--model my_nets:Net --images photos --check --weights list.pt", "holds no state_dict"),
-        ("--model my_nets:Net --images photos --check --weights none.pt", "none.pt cannot be read"),
-        ("--model my_nets:Net --images photos --check --weights none.safetensors", "none.safetensors cannot be read"),
+        ("--model my_nets:Net --images photos --check --weights none.pt", "--weights none.pt: there is no such file"),
+        (
+            "--model my_nets:Net --images photos --check --weights none.safetensors",
+            "none.safetensors: there is no such",
+        ),
         ("--model my_nets:Net --images photos --check --weights damaged.safetensors", "damaged.safetensors is damaged"),
         (f"{' '.join(FILES[:4])} --check --images empty", "does not hold a subfolder per class"),
         (f"{' '.join(FILES[:4])} --check --images hollow", "add some, or name another --images"),

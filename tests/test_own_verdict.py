@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
@@ -50,6 +51,17 @@ def test_verdicts(z: list[float], flagged: list[int], reach: list[float], verdic
 def test_no_evidence_is_not_found_by_a_search_that_failed() -> None:
     ranking = pd.DataFrame({"z": [3.0, 1.0], "flagged": [False, False], "reach": [0.9, 1.1]})
     assert decide(ranking, searched=False) == (0, "uncertain")
+
+
+def test_of_two_classes_none_can_be_cleared(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    pair = torch.tensor([1, TARGET])
+    model, head = copy.deepcopy(backdoored), nn.Linear(64, 2)
+    head.weight.data, head.bias.data = backdoored.classify.weight.data[pair], backdoored.classify.bias.data[pair]
+    model.classify = head
+    kept = torch.isin(clean[1], pair)
+    with pytest.warns(ulrl.Note, match="of two classes is always called uncertain"):
+        found = ulrl.suspect(model, clean[0][kept], (clean[1][kept] == TARGET).long())
+    assert found.verdict == "uncertain"
 
 
 def shuffled(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,6 +69,8 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
             its weights or the images.
     """
     weights = find_input(run.weights)
+    if not weights.exists():
+        raise UserError(f"--weights {run.weights}: there is no such file")
     if run.out is not None:
         check_weights_output(Path(run.out), overwrite=run.overwrite, given=weights, flag="--out")
     device = pick_device(run.device)

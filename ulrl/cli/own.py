@@ -67,6 +67,7 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
     """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
     from ulrl import own_files
     from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN
+    from ulrl.own_model.suspecting import NEAR
     from ulrl.report.tables import suspicion_table
 
     try:
@@ -85,6 +86,10 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
     if found.label is None:
         raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
+    log.info(
+        "flagged: a z above %g; near: a reach below %g; docs/verdicts.md says what that is worth, and what to do",
+        found.report["options"]["z_threshold"], NEAR,
+    )  # fmt: skip
     if run.check:
         sys.exit({NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}[found.verdict])
     return notes

@@ -76,8 +76,8 @@ def suspect(
 
     - "backdoored" when a flagged class has a reach below 0.25;
     - "uncertain" when only one of the two is seen: a class is flagged, however far it is, or one is near; and when
-      either was sought in vain: unlearning ended above its goal, or a perturbation was found for less than half of
-      the classes searched;
+      either was sought in vain: unlearning ended above its goal, a perturbation was found for less than half of
+      the classes searched, or the model has two classes, of which neither can stand out from the other;
     - "no evidence found" otherwise, which is no proof that there is no backdoor;
     - "no verdict", and nothing is searched, when the model's answers agree with the labels hardly more than by
       chance (Cohen's kappa below 0.25: 32% right on ten classes of equal size): then the labels are wrong, or the
@@ -116,7 +116,12 @@ def suspect(
     ranking["perturbation"] = pd.Series(norms.cpu().double().numpy(), index=classes.tolist())
     usual = ranking.perturbation.median()
     ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
-    label, verdict = decide(ranking, searched=unlearned.reached)
+    of_two = len(ranking) == 2  # both have a z of 0.67 then, whatever the model
+    label, verdict = decide(ranking, searched=unlearned.reached and not of_two)
+    if of_two:
+        given.notes.append(
+            "a model of two classes is always called uncertain: neither class can stand out from the other"
+        )
     if len(clean) < FEW:
         given.notes.append(
             f"{len(clean)} images are few for a verdict, which may be another one on others; give {FEW} or more"
