@@ -207,6 +207,7 @@ class Stubborn(Net):
         ({"images": torch.full((200, 1, 8, 8), float("inf"))}, "NaN or infinite values"),
         ({"images": ["a", "b"]}, "images cannot be read"),
         ({"labels": None}, "no labels"),
+        ({"images": "photos", "labels": None}, "a str, yields no (images, labels) pairs"),
         ({"labels": torch.full((200,), 12)}, "label 12 is outside of the model's 10 classes"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "one whole number for each of the 200 images"),
         ({"labels": torch.zeros(200)}, "one whole number for each"),

@@ -180,7 +180,10 @@ def _samples(images: Images, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
             raise UserError("no labels: give labels, one per image, or an iterable of (images, labels) batches")
         pairs = [tuple(pair) for pair in images if isinstance(pair, (tuple, list)) and len(pair) == 2]
         if not pairs:
-            raise UserError("images yields no (images, labels) pairs; give the labels too")
+            raise UserError(
+                f"images, a {type(images).__name__}, yields no (images, labels) pairs; give tensors, or batches "
+                "that are such pairs (of a folder: ulrl purify --images)"
+            )
         images, labels = zip(*pairs, strict=True)
     x, y = joined(images, "images"), joined(labels, "labels")
     if not x.dtype.is_floating_point:
