@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from ulrl.errors import UserError, one_line
@@ -19,6 +18,7 @@ from ulrl.record_folder import PICKLE, PLAIN, result_file
 from ulrl.record_formats import SPLITS, load_raw, save_pickle, save_plain
 from ulrl.untrusted.opening import opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch, look_into
+from ulrl.untrusted.weights import load_safetensors
 
 KEPT = ("result.json", "attack_df.csv", "attack_df_summary.csv", "trigger_preview.png", "neuron_ranking.png")
 LISTED = 40  # tensors
@@ -92,7 +92,7 @@ def inspect_file(file: Path) -> tuple[list[str], bool]:
         lines.append(f"{os.fstat(content.fileno()).st_size} bytes")
     try:
         if file.suffix == ".safetensors":
-            held = safetensors.torch.load_file(str(file))
+            _, held = load_safetensors(file, MOST)
             lines.append("safetensors: no pickle in it")
         else:
             about = look_into(file)

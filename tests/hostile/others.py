@@ -111,6 +111,10 @@ def weights() -> Iterator[Case]:
         yield case(f"safetensors with {name}", header, "", "w.safetensors", slow=name in ("cut", "nothing"))
     many = {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
     yield case("safetensors with empty tensors", _header(many), "holds 100000 tensors", "w.safetensors")
+    lists = {"__metadata__": {"record": "[" + "[]," * (6 << 20)}}  # JSON, which takes twenty times as much memory
+    yield case("safetensors with a text of 18 MB", _header(lists), "a header of", "w.safetensors")
+    yield Case("inspect looks into no text of 18 MB", lambda p: put(p.home / "w.safetensors", _header(lists)),
+               ["inspect", "w.safetensors"], ("a header of",))  # fmt: skip
     for name, make, word in (
         ("a pipe", lambda f: os.mkfifo(f), "a pipe"),
         ("a folder", lambda f: f.mkdir(), "a folder"),
