@@ -16,7 +16,8 @@ from ulrl.options import option
 from ulrl.record import INFO_FILE, KEYS, Record, load_record
 from ulrl.record_folder import PICKLE, PLAIN, result_file
 from ulrl.record_formats import SPLITS, load_raw, save_pickle, save_plain
-from ulrl.untrusted.opening import opened
+from ulrl.untrusted.images import png_bytes
+from ulrl.untrusted.opening import TEXT, opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch, look_into
 from ulrl.untrusted.weights import load_safetensors
 
@@ -63,17 +64,18 @@ def convert(record: Record, options: ConvertOptions) -> Path:
         for state in (record.bd_train, record.bd_test):
             if state is not None and (record.folder / state.folder).is_dir():
                 for file in state.files:
-                    _copy(record.folder / state.folder / file, partial / state.folder / file, inside)
+                    most = png_bytes(*record.img_size[:2])
+                    _copy(record.folder / state.folder / file, partial / state.folder / file, most, inside)
         for kept in KEPT:
             if os.path.lexists(record.folder / kept):
-                _copy(record.folder / kept, partial / kept, inside)
+                _copy(record.folder / kept, partial / kept, TEXT, inside)
         load_record(partial)  # it can be opened before it takes its name
     return new
 
 
-def _copy(source: Path, target: Path, inside: Path) -> None:
+def _copy(source: Path, target: Path, most: int, inside: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with opened(source, MOST, inside) as content, target.open("xb") as copy:
+    with opened(source, most, inside) as content, target.open("xb") as copy:
         shutil.copyfileobj(content, copy)
 
 

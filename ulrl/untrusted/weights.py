@@ -73,8 +73,8 @@ def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, 
     """`weights` themselves, if they are what a model can have. count: how many there were with their full names.
 
     Raises:
-        UserError: another value than a tensor of real, finite numbers; a name that is there twice; the same bytes as
-            more than TIED weights.
+        UserError: another value than a tensor of real, finite numbers; a variance below 0; a name that is there twice;
+            the same bytes as more than TIED weights.
     """
     stored: dict[int, int] = {}
     for name, weight in weights.items():
@@ -96,6 +96,8 @@ def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, 
                 f"{file}: {name[:80]} holds NaN or infinity, with which no model works; get the weights from an "
                 "earlier epoch"
             )
+        if name.endswith("running_var") and bool((weight.float() < 0).any()):
+            raise UserError(f"{file}: {name[:80]} holds a variance below 0, of which the net makes NaN; fetch it again")
     if len(weights) < count:
         raise UserError(f"{file} has a weight both with and without the prefix module.; save it again without one")
     return weights
