@@ -123,6 +123,20 @@ def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.Ca
         times.append(compared.stat().st_mtime_ns)
     assert codes == [0, 0, 2, 0]
     assert times[0] == times[1] == times[2] < times[3]
+    assert "move it away" in capsys.readouterr().err, "a comparison chooses the names itself"
+
+
+def test_an_index_file_that_lists_others_by_now_is_another_run(
+    tiny_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = []
+    for listed in ("0 1 2", "0\n1\n2\n", "0 1 3"):
+        Path("index.txt").write_text(listed)
+        with pytest.raises(SystemExit) as left:
+            main("compare tiny --defenses clp --index index.txt --device cpu".split())
+        codes.append(left.value.code)
+    assert codes == [0, 0, 2]
+    assert "clp_0.1_seed0 exists" in capsys.readouterr().err
 
 
 def test_a_defense_that_is_named_twice_is_compared_once(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

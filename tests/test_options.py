@@ -286,6 +286,8 @@ def test_keys_of_backdoorbench_are_accepted_and_reported(from_yaml: Callable[[st
         (["--epochs", "1" + "0" * 400], ["--epochs"]),
         (["--epochs", "1" + "0" * 5000], ["--epochs"]),
         (["--lr", "1" + "0" * 400], ["--lr"]),
+        (["--lr", "1e39"], ["--lr", "too large"]),
+        (["--steplr_milestones", "1" + "0" * 30], ["--steplr_milestones", "too large"]),
     ],
 )
 def test_flags_that_are_refused(argv: list[str], words: list[str]) -> None:
@@ -309,7 +311,7 @@ def test_flags_that_are_refused(argv: list[str], words: list[str]) -> None:
         ("epochs: 1.5", ["epochs", "whole number"]),
         ("epochs: True", ["epochs", "whole number"]),
         ("epochs: [3]", ["epochs", "whole number"]),
-        ("epochs: .inf", ["epochs", "whole number"]),
+        ("epochs: .inf", ["epochs", "too large"]),
         ("epochs: 0", ["epochs", "at least 1"]),
         ("lr: .nan", ["lr", "number"]),
         ("lr: yes", ["lr", "number"]),

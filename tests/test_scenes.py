@@ -85,6 +85,13 @@ def test_other_garments_are_not_taken_from_the_cache() -> None:
     assert (made[1] == scenes.scenes(second, 0, test=False)).all()
 
 
+def test_other_photographs_are_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another version of the packages that ship them."""
+    for photograph in ("coffee.png", "chelsea.png"):
+        monkeypatch.setattr(scenes, "PHOTOGRAPHS", {"skimage": ("data", [photograph])})
+        assert (scenes.cached_scenes(garments(5), 0, test=False) == scenes.scenes(garments(5), 0, test=False)).all()
+
+
 def test_a_missing_photograph_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "PHOTOGRAPHS", {"skimage": ("data", ["nowhere.png"])})
     with pytest.raises(UserError, match=r"nowhere\.png"):

@@ -185,6 +185,12 @@ def test_unlearning_goes_no_further_than_the_bound_on_its_gradient(name: str, di
 def test_unlearning_that_overflows_is_one_line(batch_size: int, digits: ImageSet) -> None:
     """In the loss of a later step, or in the weights after the only one."""
     defense = DEFENSES["ulrl"](batch_size=batch_size, unlearning_epochs=1, clip=0.0, unlearning_lr=1e8)
-    with pytest.raises(UserError, match=r"unlearn.* in epoch 1.*lower") as refused:
+    with pytest.raises(UserError, match=r"unlearn.* in epoch 1.*lower.*of ulrl") as refused:
         defense.unlearn(_Steep(1e33), digits, Monitor())  # type: ignore[attr-defined]
     assert "\n" not in str(refused.value)
+
+
+def test_a_method_that_begins_with_unlearning_names_no_flag_that_it_has_not(digits: ImageSet) -> None:
+    with pytest.raises(UserError, match=r"unlearn.*of ulrl.*another method") as refused:
+        DEFENSES["harden"](batch_size=32).run(_Steep(1e38), digits, Monitor())
+    assert "--" not in str(refused.value)

@@ -184,3 +184,10 @@ def test_help_without_a_name_says_that_one_is_needed(command: str, tmp_path: Pat
     code, heavy, text = said(command, "--help", home=tmp_path)
     assert (code, heavy) == (0, [])
     assert text.startswith(f"usage: ulrl {command} NAME")
+
+
+def test_closed_streams_lead_nowhere() -> None:
+    """As under some services; the next file that is opened is not taken for one of them."""
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "ulrl", "--version"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -119,6 +119,25 @@ def test_a_name_tells_options_that_change_a_result_and_no_others(empty_home: Pat
     assert len({plain, name(", epochs: 11"), name(", width: 4"), name(", random_seed: 1"), name(", target: 1")}) == 5
 
 
+def test_what_a_named_file_or_record_holds_is_part_of_a_name(empty_home: Path) -> None:
+    def names() -> list[str]:
+        attacks = "attacks: {attack: lf, dataset: digits, clean_model: clean}"
+        return [job.name for job in read_sweep(written(f"{attacks}\ndefenses: {{defense: ft, index: some.txt}}"))]
+
+    held = {empty_home / "record" / "clean" / "attack_result.pt", Path("some.txt")}
+    for file in held:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    before = names()
+    assert names() == before
+    for file in held:
+        file.write_text("2")
+        os.utime(file, (1, 1))  # a clock may be too coarse to tell
+        now = names()
+        assert now[-1] != before[-1], file
+        before = now
+
+
 def test_another_folder_of_images_is_another_record(empty_home: Path) -> None:
     def name(folder: Path | str) -> str:
         section = f"{{attack: badnet, dataset: folder, dataset_path: {folder}, img_size: 16}}"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from ulrl.errors import UserError, one_line
@@ -17,8 +16,10 @@ from ulrl.options import option
 from ulrl.record import INFO_FILE, KEYS, Record, load_record
 from ulrl.record_folder import PICKLE, PLAIN, result_file
 from ulrl.record_formats import SPLITS, load_raw, save_pickle, save_plain
-from ulrl.untrusted.opening import opened
+from ulrl.untrusted.images import png_bytes
+from ulrl.untrusted.opening import TEXT, opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch, look_into
+from ulrl.untrusted.weights import load_safetensors
 
 KEPT = ("result.json", "attack_df.csv", "attack_df_summary.csv", "trigger_preview.png", "neuron_ranking.png")
 LISTED = 40  # tensors
@@ -63,17 +64,18 @@ def convert(record: Record, options: ConvertOptions) -> Path:
         for state in (record.bd_train, record.bd_test):
             if state is not None and (record.folder / state.folder).is_dir():
                 for file in state.files:
-                    _copy(record.folder / state.folder / file, partial / state.folder / file, inside)
+                    most = png_bytes(*record.img_size[:2])
+                    _copy(record.folder / state.folder / file, partial / state.folder / file, most, inside)
         for kept in KEPT:
             if os.path.lexists(record.folder / kept):
-                _copy(record.folder / kept, partial / kept, inside)
+                _copy(record.folder / kept, partial / kept, TEXT, inside)
         load_record(partial)  # it can be opened before it takes its name
     return new
 
 
-def _copy(source: Path, target: Path, inside: Path) -> None:
+def _copy(source: Path, target: Path, most: int, inside: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with opened(source, MOST, inside) as content, target.open("xb") as copy:
+    with opened(source, most, inside) as content, target.open("xb") as copy:
         shutil.copyfileobj(content, copy)
 
 
@@ -92,7 +94,7 @@ def inspect_file(file: Path) -> tuple[list[str], bool]:
         lines.append(f"{os.fstat(content.fileno()).st_size} bytes")
     try:
         if file.suffix == ".safetensors":
-            held = safetensors.torch.load_file(str(file))
+            _, held = load_safetensors(file, MOST)
             lines.append("safetensors: no pickle in it")
         else:
             about = look_into(file)

@@ -158,7 +158,7 @@ def _partial(folder: Path) -> Path:
 
 
 def _exists(folder: Path) -> UserError:
-    return UserError(f"{folder} exists; pass --overwrite to replace it, or choose another name")
+    return UserError(f"{folder} exists; pass --overwrite to replace it, or move it away")
 
 
 def open_lock(path: Path) -> TextIO:

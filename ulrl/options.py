@@ -33,6 +33,9 @@ IGNORED = frozenset(
 )
 
 
+LARGEST = {int: 2**63 - 1, float: 3e38}  # that torch takes
+
+
 def option(
     default: Any,
     help: str,
@@ -145,7 +148,9 @@ class Schema:
         f, kinds = self.fields[name], _kinds(self.hints[name])
         try:
             value = _as(value, kinds)
-        except (ValueError, TypeError, OverflowError):
+        except OverflowError:
+            raise UserError(f"{where}: {value!r} is too large a number") from None
+        except (ValueError, TypeError):
             raise UserError(f"{where}: {value!r} is not {_describe(kinds)}") from None
         choices, low, high = (f.metadata[k] for k in ("choices", "low", "high"))
         if choices and value not in choices:
@@ -200,8 +205,10 @@ def _as(value: Any, kinds: tuple[Any, ...]) -> Any:
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
         raise ValueError
     number = kind(value)
-    if not math.isfinite(number):
+    if math.isnan(number):
         raise ValueError
+    if abs(number) > LARGEST[kind]:
+        raise OverflowError
     return number
 
 

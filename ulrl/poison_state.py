@@ -70,7 +70,10 @@ def read_state(file: Path, key: str, raw: Any, num_classes: int) -> PoisonState:
     )
     need(
         file,
-        isinstance(indicator, np.ndarray) and indicator.ndim == 1 and bool(np.isin(indicator, (0, 1)).all()),
+        isinstance(indicator, np.ndarray)
+        and indicator.ndim == 1
+        and indicator.dtype.kind in "biuf"
+        and bool(np.isin(indicator, (0, 1)).all()),
         f"poison_indicator of {key} is not an array of 0 and 1",
     )
     need(

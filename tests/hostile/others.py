@@ -77,6 +77,7 @@ def weights() -> Iterator[Case]:
         yield Case(f"weights of nothing, {name}", lambda p, o=old, n=new: (
             own(p), put(p.home / "w.pt", saved({"1.bias": empty})),
             pickles.rewritten(p.home / "w.pt", lambda b: b.replace(o, n))), [*PURIFY, "w.pt"], ("--weights", word))  # fmt: skip
+    yield case("of a variance below 0", saved({**good, "bn.running_var": -torch.ones(2)}), "below 0")
     yield case("named by numbers", saved({1: eye, None: eye}), "w.pt")
     yield case("named by half a surrogate", saved({**good, "\ud800": eye}), "no text")
     yield case("named by escape codes", saved({**good, "\x1b]0;\x07\u202e": eye}), "x1b")
@@ -111,6 +112,10 @@ def weights() -> Iterator[Case]:
         yield case(f"safetensors with {name}", header, "", "w.safetensors", slow=name in ("cut", "nothing"))
     many = {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
     yield case("safetensors with empty tensors", _header(many), "holds 100000 tensors", "w.safetensors")
+    lists = {"__metadata__": {"record": "[" + "[]," * (6 << 20)}}  # JSON, which takes twenty times as much memory
+    yield case("safetensors with a text of 18 MB", _header(lists), "a header of", "w.safetensors")
+    yield Case("inspect looks into no text of 18 MB", lambda p: put(p.home / "w.safetensors", _header(lists)),
+               ["inspect", "w.safetensors"], ("a header of",))  # fmt: skip
     for name, make, word in (
         ("a pipe", lambda f: os.mkfifo(f), "a pipe"),
         ("a folder", lambda f: f.mkdir(), "a folder"),
@@ -154,6 +159,8 @@ def folders() -> Iterator[Case]:
     yield case("with a private chunk of 2 GB", lambda f, p: sparse(f, f.read_bytes()[:33] + b"\x7f\xff\xff\xf0prVt", 2**31), "0.png")  # fmt: skip
     yield case("of a trillion pixels", of(lambda b: b[:16] + b"\x7f\xff\xff\xff" * 2 + b[24:]), "0.png")
     yield case("of 400 million pixels", lambda f, p: Image.new("1", (20_000, 20_000)).save(f), "0.png")
+    yield case("all of 81 million pixels and a few bytes", lambda f, p: [
+        Image.new("1", (9000, 9000)).save(file) for file in p.home.glob("photos/*/*.png")], "--img_size")  # fmt: skip
     yield case("a pipe", instead(lambda f: os.mkfifo(f)), "a pipe")
     yield case("a device", instead(lambda f: f.symlink_to("/dev/zero")), "a device")
     yield case("a text", of(lambda b: b"no image"), "0.png", slow=True)

@@ -72,6 +72,7 @@ def print_path(path: str | os.PathLike[str]) -> None:
 
 def exit_with(command: Callable[[], None]) -> NoReturn:
     """Run a command and leave the process: 0, or one line on stderr and 2 (130 when interrupted)."""
+    _open_all()
     try:
         with _console_log(), _stopped_by_signals():
             command()
@@ -88,6 +89,14 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
         where = f" {error.filename}" if error.filename else ""
         _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)
     sys.exit(0)
+
+
+def _open_all() -> None:
+    """Of the three standard streams, a closed one (`>&-`) leads nowhere: else the next file opened has its number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
 def _fail(message: str, code: int) -> NoReturn:

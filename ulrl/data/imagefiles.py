@@ -22,7 +22,8 @@ Sample = tuple[str, int]  # path of the image, label
 Pixels = np.ndarray[Any, Any]  # uint8 [N, C, H, W]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
-BLOCK = 1024  # images decoded before they are written, so that a large set needs little memory
+BLOCK = 128 << 20  # bytes of images decoded before they are written, so that a large set needs little memory
+SIDE = 1024  # pixels of an image that a model is given, at most
 
 
 def read_images(samples: Sequence[Sample], root: Path, spec: DatasetSpec) -> ImageSet:
@@ -49,7 +50,7 @@ def common_size(files: Sequence[str]) -> tuple[int, int]:
     """Height and width that all these images have.
 
     Raises:
-        UserError: they differ, or one cannot be read.
+        UserError: they differ, are larger than any model's input, or one cannot be read.
     """
     sizes: dict[tuple[int, int], str] = {}
     for file in files:
@@ -60,7 +61,10 @@ def common_size(files: Sequence[str]) -> tuple[int, int]:
         raise UserError(
             f"{first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}: give the model's input as --img_size"
         )
-    return next(iter(sizes))
+    ((height, width),) = sizes
+    if max(height, width) > SIDE:
+        raise UserError(f"{files[0]} is {height}x{width}: give the model's input, of at most {SIDE}, as --img_size")
+    return height, width
 
 
 def _fingerprint(files: Sequence[str], root: Path, shape: tuple[int, ...]) -> str:
@@ -78,9 +82,10 @@ def _fingerprint(files: Sequence[str], root: Path, shape: tuple[int, ...]) -> st
 
 def _blocks(files: Sequence[str], spec: DatasetSpec) -> Iterator[Pixels]:
     """uint8 [n, C, H, W] of some files after others; Pillow lets threads run side by side while it decodes."""
+    step = max(1, BLOCK // (spec.channels * spec.height * spec.width))
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), BLOCK):
-            yield np.stack(list(pool.map(lambda file: _decode(file, spec), files[start : start + BLOCK])))
+        for start in range(0, len(files), step):
+            yield np.stack(list(pool.map(lambda file: _decode(file, spec), files[start : start + step])))
 
 
 def _decode(file: str, spec: DatasetSpec) -> Pixels:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ulrl.data.imagefiles import SUFFIXES, Sample
+from ulrl.data.imagefiles import SIDE, SUFFIXES, Sample
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.files import PACKAGE_ROOT
@@ -117,8 +117,8 @@ def height_and_width(img_size: Sequence[int]) -> tuple[int, int]:
         UserError: not one or two numbers from 8 to 1024.
     """
     sizes = tuple(img_size) * (2 if len(img_size) == 1 else 1)
-    if len(sizes) != 2 or not all(8 <= n <= 1024 for n in sizes):
-        raise UserError(f"img_size {' '.join(map(str, img_size))}: height and width must each be from 8 to 1024")
+    if len(sizes) != 2 or not all(8 <= n <= SIDE for n in sizes):
+        raise UserError(f"img_size {' '.join(map(str, img_size))}: height and width must each be from 8 to {SIDE}")
     return sizes[0], sizes[1]
 
 

@@ -88,7 +88,10 @@ def drawn_facts(count: int, seed: int, *, test: bool) -> tuple[Array, Array]:
 
 def cached_scenes(garments: Array, seed: int, *, test: bool) -> Array:
     """All `scenes` of the garments, uint8 [N, 32, 32, 3], made once and kept in the user's cache folder."""
-    stamp = f"{RECIPE:02x}{seed:04x}{len(garments):06x}{zlib.crc32(garments.data):08x}"
+    photographs = 0  # other versions of the packages may ship others
+    for file in _files():
+        photographs = zlib.crc32(file.read_bytes(), photographs)
+    stamp = f"{RECIPE:02x}{seed:04x}{len(garments):06x}{zlib.crc32(garments.data):08x}{photographs:08x}"
     return cached_array(
         f"fashion_scenes_{'test' if test else 'train'}", stamp, (len(garments), SIZE, SIZE, 3),
         lambda: [scenes(garments, seed, test=test)], f"laying {len(garments)} garments over photographs",
@@ -98,18 +101,28 @@ def cached_scenes(garments: Array, seed: int, *, test: bool) -> Array:
 def _photographs() -> list[Array]:
     """uint8 [H, W, 3] each, in the order of the table."""
     found = []
+    for file in _files():
+        with Image.open(file) as image:
+            found.append(np.asarray(image.convert("RGB")))
+    return found
+
+
+def _files() -> Iterator[Path]:
+    """Of the photographs, in the order of the table.
+
+    Raises:
+        UserError: one is missing.
+    """
     for package, (folder, names) in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)  # the place alone: nothing is imported
         for name in names:
             for place in (spec and spec.submodule_search_locations) or ():
                 path = Path(place) / folder / name
                 if path.is_file():
-                    with Image.open(path) as image:
-                        found.append(np.asarray(image.convert("RGB")))
+                    yield path
                     break
             else:
                 raise UserError(f"the photograph {name} of {package} is missing; pip install scikit-image scikit-learn")
-    return found
 
 
 def _part(photograph: Array, test: bool) -> Array:

@@ -99,16 +99,18 @@ class Unlearning(Defense):
 
         optimizer = self.ascent_optimizer(copied)
         epochs = self.unlearning_epochs
-        reached = fit(
-            copied, self.batches(clean, "unlearn"), epochs, optimizer,
-            make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma),
-            monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
-        )  # fmt: skip
-        if not all(weight.isfinite().all() for weight in copied.state_dict().values()):
+        try:
+            reached = fit(
+                copied, self.batches(clean, "unlearn"), epochs, optimizer,
+                make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma),
+                monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
+            )  # fmt: skip
+            if not all(weight.isfinite().all() for weight in copied.state_dict().values()):
+                raise UserError(f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}; lower its rate")
+        except UserError as overflow:  # of a method that only begins with it, these are no options
             raise UserError(
-                f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}: lower --unlearning_lr, or bound its "
-                "gradients with --clip 20"
-            )
+                f"{overflow} (unlearning_lr of {self.name}), bound its gradients (clip 20), or choose another method"
+            ) from None
         if not reached:
             log.warning(
                 "unlearning ended at an accuracy of %.3f, above the threshold %g", measured, self.clean_threshold

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 
@@ -36,6 +35,8 @@ from ulrl.options import option
 from ulrl.runs.common import log_file, stage_seconds, write_index, write_json, write_result
 from ulrl.seeds import generator
 from ulrl.training import Monitor, TrainOptions, accuracy, fit, judge
+from ulrl.untrusted.torchfiles import MOST
+from ulrl.untrusted.weights import load_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +198,7 @@ def once(file: Path, key: str, train: Callable[[], DualEncoder]) -> DualEncoder:
     """The encoder in `file`, where an earlier run of the same key left it; else the one that is trained now."""
     key = hashlib.sha256(key.encode()).hexdigest()
     with contextlib.suppress(Exception):  # absent, or damaged: then it is trained
-        with safetensors.safe_open(file, "pt") as held:
-            same = (held.metadata() or {}).get("key") == key
-        if same:
+        if load_safetensors(file, MOST)[0].get("key") == key:
             encoder = load_encoder(file)
             log.info("%s: taken from an earlier run", file.stem)
             return encoder

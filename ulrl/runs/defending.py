@@ -19,7 +19,7 @@ from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
-from ulrl.files import whole_folder
+from ulrl.files import find_input, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import load_model
@@ -38,6 +38,7 @@ from ulrl.runs.judgements import kept
 from ulrl.runs.triggers import TRIGGER_FILE, judge_trigger
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
+from ulrl.untrusted.opening import read_text
 from ulrl.untrusted.texts import read_json
 
 log = logging.getLogger(__name__)
@@ -142,8 +143,13 @@ def run_once(
     folder = record.folder / "defense" / (run.save_folder_name or defense.name)
     if not run.overwrite:
         with contextlib.suppress(UserError, KeyError, TypeError):  # absent, or not one of ours
-            result = read_json(folder / "result.json", record.folder.resolve())
-            if result["options"] == json.loads(json.dumps(result_options(defense, run))):
+            inside = record.folder.resolve()
+            result = read_json(folder / "result.json", inside)
+            same = result["options"] == json.loads(json.dumps(result_options(defense, run)))
+            if same and run.index is not None:  # whose file may list others by now
+                used = read_text(folder / "index.txt", inside=inside)
+                same = used.split() == read_text(find_input(run.index)).split()
+            if same:
                 log.info("%s is there already, and was not run again", folder)
                 return folder, False
     return run_defense(defense, record, run, bar=bar, draw=draw)[0], True

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ulrl.attacks.base import ATTACKS
@@ -25,9 +28,11 @@ from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.files import find_input
 from ulrl.models.architectures import ARCHITECTURES
+from ulrl.record_folder import record_folder, result_file
 from ulrl.registry import nearest
 from ulrl.shipped import options_file
 from ulrl.sweep.jobs import AttackJob, DefenseJob, Job
+from ulrl.untrusted.opening import MIB, opened
 from ulrl.untrusted.texts import read_yaml
 
 SHORT_NAMES = {"target": "attack_target", "seeds": "random_seed"}
@@ -223,6 +228,27 @@ def _device(given: Cell) -> str:
 
 def _name(words: Sequence[str], options: Cell) -> str:
     """Legible, and different where any option is that can change the result."""
-    kept = {key: value for key, value in options.items() if key not in WHERE}
+    kept = {key: _content(key, value) for key, value in options.items() if key not in WHERE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return "_".join([*(re.sub(r"[^\w.+-]+", "-", word) for word in words), digest])
+
+
+def _content(key: str, value: Any) -> Any:
+    """Of an option that names a file or a record, what is in that, where it is there: it may be another one later."""
+    if not value or not (key in ("index", "clean_model") or key.lower().endswith("path")):
+        return value
+    try:
+        file = result_file(record_folder(value, key)) if key == "clean_model" else find_input(value)
+        return _digest(file, os.stat(file).st_mtime_ns)
+    except (UserError, OSError):  # told by the job, which fails of it
+        return value
+
+
+@functools.cache
+def _digest(file: Path, when: int) -> str:
+    """when: it was changed last."""
+    digest = hashlib.sha256()
+    with opened(file, 1 << 40) as content:
+        while block := content.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()

@@ -31,7 +31,7 @@ def read_png(file: Path, size: tuple[int, int], inside: Path, *, gray: bool) -> 
         UserError: it is not there, not `inside`, damaged in any byte, or of another size.
     """
     height, width = size
-    content = read_bytes(file, 65536 + 10 * height * width, inside)
+    content = read_bytes(file, png_bytes(height, width), inside)
     try:
         check_png(content)
         with Image.open(io.BytesIO(content), formats=["PNG"]) as png:
@@ -41,6 +41,11 @@ def read_png(file: Path, size: tuple[int, int], inside: Path, *, gray: bool) -> 
     except Exception as error:  # whatever PIL makes of a stranger's bytes
         raise UserError(f"{file} is not a readable PNG ({error}); unpack the record again") from None
     raise UserError(f"{file} is {found} pixels, not {height} x {width}; unpack the record again")
+
+
+def png_bytes(height: int, width: int) -> int:
+    """That a PNG of that size may have, whatever lies beside its pixels."""
+    return 65536 + 10 * height * width
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ import safetensors
 import torch
 
 from ulrl.errors import UserError
-from ulrl.untrusted.opening import opened
+from ulrl.untrusted.opening import MIB, opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "network")
 TIED = 16  # weights that may be the same bytes
 TENSORS = 30_000  # that a safetensors file may hold; a large model has a tenth
+HEADER = 16 * MIB  # bytes of JSON in it, of which thirty times as much memory can be made
 
 
 def load_weights(file: Path, most: int = MOST) -> dict[str, torch.Tensor]:
@@ -49,8 +50,10 @@ def load_safetensors(
     Raises:
         UserError: it cannot be read, or holds more than TENSORS.
     """
-    with opened(file, most, inside):
+    with opened(file, most, inside) as raw:
         try:
+            if (header := int.from_bytes(raw.read(8), "little")) > HEADER:
+                raise ValueError(f"a header of {header} bytes, more than {HEADER}")
             with safetensors.safe_open(str(file), "pt") as content:
                 metadata, names = content.metadata() or {}, content.keys()
                 tensors = {name: content.get_tensor(name) for name in names} if len(names) <= TENSORS else {}
@@ -70,8 +73,8 @@ def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, 
     """`weights` themselves, if they are what a model can have. count: how many there were with their full names.
 
     Raises:
-        UserError: another value than a tensor of real, finite numbers; a name that is there twice; the same bytes as
-            more than TIED weights.
+        UserError: another value than a tensor of real, finite numbers; a variance below 0; a name that is there twice;
+            the same bytes as more than TIED weights.
     """
     stored: dict[int, int] = {}
     for name, weight in weights.items():
@@ -93,6 +96,8 @@ def check_weights(file: Path, weights: dict[str, Any], count: int) -> dict[str, 
                 f"{file}: {name[:80]} holds NaN or infinity, with which no model works; get the weights from an "
                 "earlier epoch"
             )
+        if name.endswith("running_var") and bool((weight.float() < 0).any()):
+            raise UserError(f"{file}: {name[:80]} holds a variance below 0, of which the net makes NaN; fetch it again")
     if len(weights) < count:
         raise UserError(f"{file} has a weight both with and without the prefix module.; save it again without one")
     return weights
