@@ -27,7 +27,7 @@ from ulrl.defenses.base import DEFENSES
 from ulrl.detectors.base import DETECTORS
 from ulrl.errors import UserError
 from ulrl.models.architectures import ARCHITECTURES
-from ulrl.options import IGNORED, Schema, option
+from ulrl.options import IGNORED, LARGEST, Schema, option
 from ulrl.shipped import options_file
 from ulrl.training import TrainOptions
 
@@ -360,16 +360,16 @@ def strategy(schema: Schema, key: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(about["choices"])
     if kind is bool:
         return st.booleans()
-    if kind is int:
-        return st.integers(about["low"], about["high"])
-    if kind is float:
-        return st.floats(about["low"], about["high"], allow_nan=False, allow_infinity=False)
+    if kind in (int, float):
+        low, high = (bound if bound is not None else sign * LARGEST[kind]
+                     for bound, sign in ((about["low"], -1), (about["high"], 1)))  # fmt: skip
+        return st.integers(low, high) if kind is int else st.floats(low, high)
     if kind is str:
         return st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).filter(
             lambda text: text.strip().lower() not in ("", "none", "null")
         )
     assert typing.get_origin(kind) is tuple
-    return st.lists(st.integers()).map(tuple)
+    return st.lists(st.integers(-LARGEST[int], LARGEST[int])).map(tuple)
 
 
 def test_all_options_explain_themselves() -> None:
