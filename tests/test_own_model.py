@@ -230,6 +230,13 @@ def test_bad_input_is_one_sentence(
     assert words in str(raised.value)
 
 
+def test_a_wrong_augmentation_is_not_laid_to_unlearning(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    with pytest.raises(UserError, match=r"it must keep the shape$"):
+        ulrl.purify(backdoored, *clean, method="ulrl", augment=lambda x: x[:, :, 1:])
+
+
 def test_a_repair_that_costs_too_much_is_said_or_thrown_away(
     backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

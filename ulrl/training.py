@@ -185,6 +185,10 @@ class Sam:
         return moved, list(steps)
 
 
+class Overflow(UserError):
+    """Training left the numbers that a net can have."""
+
+
 Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -225,7 +229,7 @@ def fit(
     Returns whether `stop` ended the training. The model is left in train mode.
 
     Raises:
-        UserError: the loss became NaN or infinite.
+        Overflow: the loss became NaN or infinite.
     """
     device = batches.data.device
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -261,7 +265,7 @@ def fit(
             elif scheduler is not None:
                 scheduler.step()
             if not math.isfinite(loss_mean):
-                raise UserError(
+                raise Overflow(
                     f"the loss of stage {stage!r} became {loss_mean} in epoch {epoch}; lower its learning rate"
                 )
             progress.epoch(model, epoch, loss=loss_mean, acc=accuracy)

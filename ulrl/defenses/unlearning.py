@@ -14,7 +14,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense
 from ulrl.errors import UserError
 from ulrl.options import option
-from ulrl.training import SCHEDULERS, Monitor, fit, make_optimizer, make_scheduler, predict
+from ulrl.training import SCHEDULERS, Monitor, Overflow, fit, make_optimizer, make_scheduler, predict
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ class Unlearning(Defense):
                 monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
             )  # fmt: skip
             if not all(weight.isfinite().all() for weight in copied.state_dict().values()):
-                raise UserError(f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}; lower its rate")
-        except UserError as overflow:  # of a method that only begins with it, these are no options
+                raise Overflow(f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}; lower its rate")
+        except Overflow as overflow:  # of a method that only begins with it, these are no options
             raise UserError(
                 f"{overflow} (unlearning_lr of {self.name}), bound its gradients (clip 20), or choose another method"
             ) from None
