@@ -115,6 +115,7 @@ def test_bad_yaml(refused: Refused, kind: str, flag: str, content: str, words: l
 def test_missing_yaml(refused: Refused) -> None:
     for kind in MAIN:
         refused(kind, ["--yaml_path", "config/nosuch.yaml"], "nosuch.yaml", "No such file")
+        refused(kind, ["--yaml_path", str(Path.cwd())], str(Path.cwd()), "is a folder")
 
 
 def test_unknown_method_names_the_nearest(refused: Refused) -> None:
@@ -135,6 +136,12 @@ def test_device_of_a_yaml_that_is_not_there(tiny_home: Path, capsys: pytest.Capt
     assert "CPU" in warning
     assert "mine.yaml" in warning
     assert (tiny_home / "record/tiny/defense/ulrl/result.json").is_file()
+
+
+@pytest.mark.parametrize("device", ["nonsense", "xpu", "cuda:x"])
+def test_device_of_a_yaml_that_is_none(refused: Refused, device: str) -> None:
+    Path("mine.yaml").write_text(f"device: {device}\n")
+    refused("defense", ["--result_file", "tiny", "--yaml_path", "mine.yaml"], "mine.yaml", f"device {device}", "cuda:N")
 
 
 # Attacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_what_lies_beside_the_samples_does_not_matter(record: Record) -> None:
     same(load_record(convert(load_record(record.folder), ConvertOptions())), record)
     peer.save({**content, "model": {"\ud800": torch.zeros(1)}}, record.folder / PICKLE)
     refused(lambda: load_record(record.folder), PICKLE, "no text")
+
+
+def test_a_record_without_its_images_is_said_to_be_so(record: Record, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(record.folder / record.bd_test.folder)
+    new = convert(record, ConvertOptions())
+    (said,) = caplog.messages
+    assert f"one has no folder {record.bd_test.folder}" in said
+    assert not (new / record.bd_test.folder).exists()
+    assert (new / record.bd_train.folder).is_dir()
 
 
 def test_a_damaged_plain_record_is_refused(record: Record) -> None:

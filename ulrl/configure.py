@@ -14,7 +14,7 @@ from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.detectors.base import DETECTORS, Detector
 from ulrl.errors import UserError
 from ulrl.files import home
-from ulrl.machine import pick_device
+from ulrl.machine import NoSuchDevice, pick_device
 from ulrl.options import IGNORED, Schema, Settings, option
 from ulrl.shipped import options_file, shipped_files
 from ulrl.training import TrainOptions
@@ -189,9 +189,11 @@ def _merged(schema: Schema, files: list[Layer], given: Mapping[str, Any], quiet:
     if device and source != "given":
         try:
             pick_device(device)
-        except UserError:
+        except NoSuchDevice:
             log.warning("device %s of %s is not on this machine: using the CPU", device, source)
             return Settings({**settings.values, "device": "cpu"}, settings.origin)
+        except UserError as error:
+            raise UserError(f"{source}: {str(error).removeprefix('--')}") from None
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from ulrl.untrusted.images import png_bytes
 from ulrl.untrusted.opening import TEXT, opened
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch, look_into
 from ulrl.untrusted.weights import load_safetensors
+
+log = logging.getLogger(__name__)
 
 KEPT = ("result.json", "attack_df.csv", "attack_df_summary.csv", "trigger_preview.png", "neuron_ranking.png")
 LISTED = 40  # tensors
@@ -62,10 +65,14 @@ def convert(record: Record, options: ConvertOptions) -> Path:
             save_pickle(raw, (*KEYS, "clean_test"), partial / PICKLE)
             save_torch({"attack": record.attack}, partial / INFO_FILE)
         for state in (record.bd_train, record.bd_test):
-            if state is not None and (record.folder / state.folder).is_dir():
-                for file in state.files:
-                    most = png_bytes(*record.img_size[:2])
-                    _copy(record.folder / state.folder / file, partial / state.folder / file, most, inside)
+            if state is None:
+                continue
+            if not (record.folder / state.folder).is_dir():
+                log.warning("%s has no folder %s; nor has the new record its images", record.name, state.folder)
+                continue
+            for file in state.files:
+                most = png_bytes(*record.img_size[:2])
+                _copy(record.folder / state.folder / file, partial / state.folder / file, most, inside)
         for kept in KEPT:
             if os.path.lexists(record.folder / kept):
                 _copy(record.folder / kept, partial / kept, TEXT, inside)

@@ -25,11 +25,16 @@ DEVICES = ("cpu", "cuda")  # those that are asked for by name
 TINY = 16 * 16  # pixels of an image up to which a second thread gains little and, on a busy machine, loses much
 
 
+class NoSuchDevice(UserError):
+    """A device of a kind that is known, but that this machine lacks."""
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device of that name; `auto` is the GPU where there is one.
 
     Raises:
-        UserError: no such device on this machine.
+        NoSuchDevice: this machine lacks it.
+        UserError: it is not the name of a device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,9 +43,14 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(first)
         if device.type not in DEVICES:
             raise RuntimeError
+    except RuntimeError:
+        raise UserError(f"--device {name}: devices are auto, cpu, cuda and cuda:N") from None
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: there is no such device on this machine; use --device cpu or auto") from None
+        raise NoSuchDevice(
+            f"--device {name}: there is no such device on this machine; use --device cpu or auto"
+        ) from None
     return device
 
 

@@ -31,6 +31,8 @@ def options_file(given: str) -> Path:
     parts = PurePath(given).with_suffix("" if given.endswith(".yaml") else PurePath(given).suffix).parts
     name, shipped = "/".join(parts[1:] if parts[:1] == ("config",) else parts), shipped_files()
     if name not in shipped:
+        if os.path.isdir(own):
+            raise UserError(f"{given} is a folder; name an options file in it")
         raise UserError(
             f"{given}: No such file, nor is one of that name shipped{nearest(name, list(shipped))}; "
             "`ulrl list configs` names those that are"
