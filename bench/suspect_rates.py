@@ -48,7 +48,7 @@ TARGETS = {
 }
 MODELS = [
     (dataset, *model)
-    for dataset, first, clean in (("digits", 2000, 12), ("fashion_mnist", 1000, 4))
+    for dataset, first, clean in (("digits", 4000, 12), ("fashion_mnist", 3000, 4))
     for model in [
         *(("prototype", None, first + seed) for seed in range(clean)),
         *(

@@ -23,7 +23,9 @@ STEPS_AN_EPOCH = 4  # of unlearning, by default
 SEARCH_SAMPLES = 32
 SEARCH_CLASSES = 10
 FEW = 200  # images; how often verdicts are right was measured on as many and more
-NEAR = 0.25  # share of the median norm, set on 24 small models; those of bench/suspect_rates.py are others
+# Shares of the median norm: near, and near enough for a class whose z is above FAR_ABOVE. Set on small models, all of
+# which docs/verdicts.md names.
+NEAR, NEAR_ENOUGH, FAR_ABOVE = 0.25, 0.4, 10.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +76,7 @@ def suspect(
     universal perturbation is searched, on up to 32 of the images; a class's reach is the norm of its perturbation
     as a share of their median. The verdict is
 
-    - "backdoored" when a flagged class has a reach below 0.25;
+    - "backdoored" when a flagged class has a reach below 0.25, or below 0.4 where its z is above 10;
     - "uncertain" when only one of the two is seen: a class is flagged, however far it is, or one is near; and when
       either was sought in vain: unlearning ended above its goal, a perturbation was found for less than half of
       the classes searched, or the model has two classes, of which neither can stand out from the other;
@@ -150,8 +152,9 @@ def decide(ranking: pd.DataFrame, searched: bool = True) -> tuple[int, str]:
     if np.isnan(reach).all():
         return int(z.argmax()), UNCERTAIN
     near = reach < NEAR  # NaN is not
-    if (marked & near).any():
-        return int(np.nanargmin(np.where(marked, reach, np.nan))), BACKDOORED
+    both = marked & (near | ((reach < NEAR_ENOUGH) & (z > FAR_ABOVE)))
+    if both.any():
+        return int(np.nanargmin(np.where(both, reach, np.nan))), BACKDOORED
     if near.any():
         return int(np.nanargmin(reach)), UNCERTAIN
     if marked.any():
