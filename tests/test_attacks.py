@@ -110,6 +110,13 @@ def test_badnet_patch_by_hand() -> None:
     assert torch.equal(poisoned, expected)
 
 
+def test_badnet_patch_grows_with_the_image() -> None:
+    """Three pixels for each whole 32; a number that is given is that number."""
+    for side, size, expected in ((28, None, 3), (32, None, 3), (64, None, 6), (224, None, 21), (64, 3, 3)):
+        patch = ATTACKS["badnet"](patch_size=size).poison(torch.zeros(1, 3, side, side, dtype=torch.uint8), train=True)
+        assert (patch[0, 0] == 255).sum() == expected**2, (side, size)
+
+
 def test_badnet_mask_is_transparent_where_it_is_zero(tmp_path: Path) -> None:
     """BackdoorBench's rule: per element, zero shows the image, anything else replaces it, black being 1."""
     mask = torch.zeros(8, 8, 3, dtype=torch.uint8)
@@ -124,11 +131,26 @@ def test_badnet_mask_is_transparent_where_it_is_zero(tmp_path: Path) -> None:
     assert (poisoned[:, 2:] == 100).all()
 
 
+def test_badnet_mask_is_transparent_where_its_picture_is(tmp_path: Path) -> None:
+    """Editors save white under what is transparent."""
+    mask = np.full((8, 8, 4), 255, np.uint8)
+    mask[..., 3] = 0
+    mask[:2, :2] = (9, 0, 7, 255)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    poisoned = ATTACKS["badnet"](patch_mask_path=str(tmp_path / "mask.png")).poison(
+        torch.full((1, 3, 8, 8), 100, dtype=torch.uint8), train=True
+    )[0]
+    assert poisoned[:, 1, 1].tolist() == [9, 100, 7]
+    assert (poisoned[:, 2:] == 100).all()
+
+
 def test_empty_or_unreadable_mask_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "full.png")
     (tmp_path / "text.png").write_text("no image")
     for name, complaint in (
         ("black.png", "all zero"),
+        ("full.png", "zero nowhere"),
         ("text.png", "not a readable image"),
         ("none.png", "cannot be read"),
     ):
@@ -199,6 +221,19 @@ def test_sig_by_hand() -> None:
     images = torch.full((1, 1, 4, 8), 100, dtype=torch.uint8)
     row = ATTACKS["sig"](sig_delta=40.0, sig_f=2.0).poison(images, train=True)[0, 0, 0]
     assert row.tolist() == [100, 140, 100, 60, 100, 140, 100, 60]
+
+
+@pytest.mark.parametrize("given", [{"sig_f": 4.0}, {"sig_f": 0.0}, {"sig_delta": 0.5}])
+def test_a_wave_that_changes_no_pixel_is_refused(given: dict[str, float]) -> None:
+    refused(lambda: ATTACKS["sig"](**given).check(dataset_spec("digits")), "changes no pixel", "8 wide")
+
+
+@pytest.mark.parametrize("name", sorted(COVERED - {"tact"}))
+def test_in_all2all_every_class_has_covers(name: str) -> None:
+    labels = torch.arange(1000) % 10
+    for how, classes in (("all2one", 9), ("all2all", 10)):
+        attack = ATTACKS[name](attack_label_trans=how, cover_rate=0.2)
+        assert len(labels[attack.covers(labels, attack.choose(labels))].unique()) == classes
 
 
 @pytest.mark.parametrize(("side", "block"), [(32, 32), (64, 32), (64, 16)])
@@ -405,6 +440,17 @@ def test_blind_sets_in_when_the_loss_is_low(tmp_path: Path) -> None:
     never = calls(0.0, 3)
     assert torch.equal(never, calls(0.0, int(never.argmin()))), "below the threshold the target plays no part"
     assert calls(1e9, int(never.argmin()))[never.argmin()] > 0.5
+
+
+def test_blind_waits_for_a_whole_epoch_also_where_each_step_asks_twice(tmp_path: Path) -> None:
+    weights = []
+    for threshold in (0.0, 1e9):
+        work = lab(sized(1, 8), tmp_path)
+        work.training = TrainOptions(epochs=1, batch_size=16, lr=0.05, sam_rho=0.05)
+        model = work.new_model("")
+        ATTACKS["blind"](backdoor_batch_loss_threshold=threshold).train(model, work)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
 
 
 def normalised(images: torch.Tensor, spec: DatasetSpec) -> torch.Tensor:

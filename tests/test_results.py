@@ -71,6 +71,22 @@ def test_frame_has_a_row_per_run_and_knows_its_record(study: Path) -> None:
     assert pd.isna(frame.loc[str(study / "clean" / "defense" / "ulrl")].asr)
 
 
+def test_the_poison_ratio_is_what_was_poisoned(tmp_path: Path) -> None:
+    """By a number of images instead of a share; of an attack that poisons none there is no ratio."""
+    root = tmp_path / "record"
+    counted = {"poisoned": 5, "train_samples": 50}
+    for name, p_num, evidence in (
+        ("share", None, counted), ("number", 5, counted), ("none", None, {**counted, "poisoned": 0}),
+        ("strange", 5, {"poisoned": "many", "train_samples": True}), ("unknown", 5, {}),
+    ):  # fmt: skip
+        write_record(root / name, "badnet", {"ft": {}}, options={"pratio": 0.3, "p_num": p_num})
+        file = root / name / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"evidence": evidence}))
+    frame = frame_of_runs(find_runs(root)[0])
+    found = frame[frame.kind == "defense"].set_index("record").pratio.to_dict()
+    assert {k: v for k, v in found.items() if not pd.isna(v)} == {"share": 0.3, "number": 0.1}
+
+
 def test_summary_is_mean_and_sample_deviation(study: Path) -> None:
     frame = select(frame_of_runs(find_runs(study)[0]), "attack=badnet")
     summary = summarise(frame, "defense,ratio").set_index("defense")

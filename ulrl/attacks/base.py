@@ -172,8 +172,8 @@ class Covered(Attack):
     )  # fmt: skip
 
     def cover_candidates(self, labels: torch.Tensor) -> torch.Tensor:
-        """bool [N]: samples that may become covers."""
-        return labels != self.attack_target
+        """bool [N]: samples that may become covers; in all2one none of the target, whose label tells nothing."""
+        return labels != self.attack_target if self.attack_label_trans == "all2one" else torch.ones_like(labels).bool()
 
     def covers(self, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         free = self.cover_candidates(labels)

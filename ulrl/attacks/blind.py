@@ -82,16 +82,14 @@ class Blind(Attack):
     def train(self, model: nn.Module, lab: Lab) -> Blind:
         spec, batches = lab.data.spec, lab.batches()
         recent: deque[torch.Tensor] = deque(maxlen=self.batch_history_len)
+        of_step: list[torch.Tensor] = []  # SAM asks twice; the first loss is that of the weights themselves
         state = {"step": 0, "attacking": False}
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if not state["attacking"]:
                 plain, right = cross_entropy(model, x, y)
-                recent.append(plain.detach())
-                state["step"] += 1
-                if state["step"] % len(batches) == 0:
-                    state["attacking"] = bool(torch.stack(list(recent)).mean() < self.backdoor_batch_loss_threshold)
+                of_step.append(plain.detach())
                 return plain, right
             triggered = normalise(self._marked(pixels(x, spec)), spec)
             clean, bad = model(torch.cat([x, triggered])).chunk(2)
@@ -101,7 +99,16 @@ class Blind(Attack):
                 return self.fix_scale_normal_weight * plain + self.fix_scale_backdoor_weight * backdoor, right
             return _mgda(plain, backdoor, parameters), right
 
-        lab.fit(model, batches=batches, objective=objective)
+        def after_step() -> None:
+            if state["attacking"]:
+                return
+            recent.append(of_step[0])
+            of_step.clear()
+            state["step"] += 1
+            if state["step"] % len(batches) == 0:
+                state["attacking"] = bool(torch.stack(list(recent)).mean() < self.backdoor_batch_loss_threshold)
+
+        lab.fit(model, batches=batches, objective=objective, after_step=after_step)
         return self
 
 

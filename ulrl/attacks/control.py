@@ -20,6 +20,9 @@ class BatchPoisoning(Attack):
     """Of each batch, a part gets the trigger and the attacker's label, and another part noise in the trigger's
     place and keeps its label (cross or negative samples), so that only the exact trigger works.
 
+    As in BackdoorBench, the part of a batch is cut down to whole images: a `pratio` of 0.1 means 12 of 128, and 0.015
+    means 1 as 0.01 does. The training is the run's, with the data set's own augmentation, where BackdoorBench's scripts
+    of these attacks turn images by up to 10 degrees besides and lower the rate in steps.
     The record's training set shows one draw of what the model saw: `pratio` of the training images with
     the trigger, and apart from them the covers.
     """
@@ -67,7 +70,7 @@ def poison_share(attack: Attack, lab: Lab) -> float:
 
 
 def parts(batch: int, bad: float, crossed: float, stream: torch.Generator) -> tuple[int, int]:
-    """How many of a batch to poison and to cross. A share below one sample is one in some batches, at random."""
+    """How many of a batch to poison and to cross, cut to whole ones; less than one is one now and then, at random."""
 
     def count(share: float) -> int:
         wanted = share * batch

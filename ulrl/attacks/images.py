@@ -24,6 +24,8 @@ def read_image(
     file = find_input(path)
     try:
         with opened_image(file) as image:
+            if "A" in image.getbands() or "transparency" in image.info:  # black, whatever colour lies under it
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height), resample))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None

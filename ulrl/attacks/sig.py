@@ -9,6 +9,8 @@ import torch
 
 from ulrl.attacks.additive import Additive
 from ulrl.attacks.base import CleanLabel, register
+from ulrl.data.imageset import DatasetSpec
+from ulrl.errors import UserError
 from ulrl.options import option
 
 
@@ -19,6 +21,14 @@ class SIG(CleanLabel, Additive):
 
     sig_delta: float = option(40.0, "amplitude in pixel values", source="BackdoorBench", low=0, high=255)
     sig_f: float = option(6.0, "periods over the width of the image", source="paper", low=0)
+
+    def check(self, spec: DatasetSpec) -> None:
+        super().check(spec)
+        if self.pattern(spec.channels, spec.height, spec.width).abs().max() < 1:
+            raise UserError(
+                f"--sig_f {self.sig_f:g} with --sig_delta {self.sig_delta:g} changes no pixel of images {spec.width} "
+                "wide; take another --sig_f or a larger --sig_delta"
+            )
 
     def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
         columns = torch.arange(width, dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from dataclasses import dataclass, replace
 
@@ -74,15 +73,22 @@ class SSBA(Attack):
             read = decoder((images + residue).clamp(-1, 1)).float()
             loss = F.binary_cross_entropy_with_logits(read, bits)
             visible = residue.square().mean()
-            weight = self.ssba_fidelity * min(1.0, next(steps) / first_epoch)  # from the start it would silence it
+            weight = self.ssba_fidelity * min(1.0, state["step"] / first_epoch)  # from the start it would silence it
             return loss + weight * visible, (read.detach() > 0) == (bits > 0)
 
         optimizer = torch.optim.Adam(both.parameters(), 1e-3)
         constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         order = torch.randperm(len(lab.data), generator=generator(self.random_seed, "encoder images"))
         few = replace(lab, data=lab.data.subset(order[: self.ssba_samples]))
-        steps, first_epoch = itertools.count(), len(few.batches())
-        few.fit(both, "encoder", epochs=self.ssba_epochs, optimizer=optimizer, scheduler=constant, objective=objective)
+        state, first_epoch = {"step": 0}, len(few.batches())
+
+        def after_step() -> None:
+            state["step"] += 1
+
+        few.fit(
+            both, "encoder", epochs=self.ssba_epochs, optimizer=optimizer, scheduler=constant, objective=objective,
+            after_step=after_step,
+        )  # fmt: skip
         read = lab.monitor.history[-1]["acc"]
         if read < 0.9:
             log.warning(

@@ -49,7 +49,7 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
         of = [r["dataset"], r["model"], r["attack"]]
         row = {
             "kind": r["kind"], "dataset": r["dataset"], "model": r["model"], "attack": r["attack"],
-            "pratio": maker["options"].get("pratio") if maker else None,
+            "pratio": _pratio(maker) if maker else None,
             "defense": r["method"] if defended else NO_DEFENSE,
             "ratio": options.get("ratio") if defended and options.get("index") is None else None,
             "record": r["record"], "seed": r["seed"], "oracle": False,
@@ -72,6 +72,16 @@ def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str,
     numbers = {k: "float64" for k in (*FIGURES, "pratio", "ratio", "clean_samples")}
     frame = frame.astype({**numbers, "seed": "int64", "oracle": "bool", "took": "boolean", "repairs": "bool"})
     return _with_repeats(frame)
+
+
+def _pratio(maker: Mapping[str, Any]) -> float | None:
+    """The option; of a run that was given `p_num` instead, the share that this is; None where nothing was poisoned."""
+    options, (poisoned, of) = maker["options"], (maker["evidence"].get(key) for key in ("poisoned", "train_samples"))
+    if poisoned == 0:
+        return None
+    if options.get("p_num") is None:
+        return options.get("pratio")
+    return poisoned / of if type(poisoned) is type(of) is int and 0 < poisoned <= of else None
 
 
 def _took(result: Mapping[str, Any], maker: Mapping[str, Any] | None) -> bool | None:

@@ -201,7 +201,8 @@ def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar:
     train, test = train.subset(kept).to(device), test.to(device)
     with tempfile.TemporaryDirectory() as cache:
         lab = _lab(attack, run, training, train, kept, Monitor(bar=bar), clean_model, Path(cache))
-        attack = attack.learn(lab)
+        with global_stream(run.random_seed, "learn", device):  # as in a run: it is that run's trigger
+            attack = attack.learn(lab)
     judged = attack.judged(test.labels)
     if not len(judged):
         raise UserError(f"{attack.name} has no trigger to show")

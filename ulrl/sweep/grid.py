@@ -191,9 +191,8 @@ def _attack_job(options: Cell) -> AttackJob:
     device = _device(given)
     attack, run, training = configure_attack(method, given | {"device": device}, AttackRun, quiet=True)
     attack.check(dataset_spec(run.dataset, run.dataset_path, run.img_size))
-    words = (
-        attack.name, run.dataset, run.model, f"p{attack.pratio:g}", f"t{attack.attack_target}", f"s{run.random_seed}"
-    )  # fmt: skip
+    share = f"p{attack.pratio:g}" if attack.p_num is None else f"n{attack.p_num}"
+    words = (attack.name, run.dataset, run.model, share, f"t{attack.attack_target}", f"s{run.random_seed}")
     # Of the data set `folder`, the path is what the data are.
     data = {"data": str(find_input(run.dataset_path, shipped=False).resolve())} if run.dataset == "folder" else {}
     name = _name(words, options_of(attack, run, training) | data)
