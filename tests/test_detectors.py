@@ -184,6 +184,17 @@ def test_clustering_leaves_a_class_of_equal_images_whole() -> None:
     assert found.evidence["smaller_shares"]["2"] == 0.5
 
 
+@pytest.mark.parametrize("images", [[0] * 19 + [1], [0, 1] * 4, [0, 1, 2] * 5])
+def test_clustering_takes_a_class_of_few_different_images(images: list[int]) -> None:
+    """Of which ICA finds fewer directions than there are features or images."""
+    features = torch.rand(3, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[images]
+    detector, _ = configured("ac")
+    nearness, silhouette, share = detector._split(features)
+    assert nearness.isfinite().all()
+    assert silhouette > 0.9 or len(set(images)) > 2
+    assert share == images.count(1) / len(images) or len(set(images)) > 2
+
+
 @pytest.mark.parametrize("name", ["ac", "cd", "spectral", "strip"])
 def test_keys_of_backdoorbench_are_accepted(name: str) -> None:
     """Those of its config/detection/<name>/*.yaml, most of a training that its detectors do not do."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ from ulrl.defenses.otbr import OTBR, _convolutions, _transport
 from ulrl.defenses.pam import PAM
 from ulrl.defenses.perturbation import still
 from ulrl.defenses.ssft import _fold, _scaled, _skips
+from ulrl.detectors.base import DETECTORS
 from ulrl.errors import UserError
 from ulrl.models import build_model
-from ulrl.models.head import watched
+from ulrl.models.head import hidden_convolutions, watched
 from ulrl.training import Monitor, fit
 
 
@@ -77,7 +80,7 @@ def test_otbr_transport_makes_each_filter_of_whole_ones() -> None:
 
 
 def test_otbr_changes_nothing_before_the_first_zeroed_filter() -> None:
-    weights = {path: m.weight.detach() for path, m in _convolutions(net()).items()}
+    weights = {path: m.weight.detach() for path, m in _convolutions(net(), 10).items()}
     zeroed = {path: torch.zeros(len(w), dtype=torch.bool) for path, w in weights.items()}
     nwc = {path: torch.ones(len(w)) for path, w in weights.items()}
     untouched = OTBR()._fuse(weights, zeroed, nwc)
@@ -144,6 +147,51 @@ def test_a_layer_that_takes_no_part_stays(name: str, options: dict[str, int]) ->
     repaired = DEFENSES[name](amp=False, **options).run(model, samples(), Monitor()).model
     assert all(w.isfinite().all() for w in repaired.state_dict().values())
     assert torch.equal(repaired.get_parameter("spare.weight"), torch.ones(8))
+
+
+def convolutional() -> nn.Module:
+    """Its head is a convolution of 1x1, as SqueezeNet's is, of which one class has a far larger filter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+    with torch.no_grad():
+        model[5].weight[3] *= 50
+    return model
+
+
+def test_a_head_that_is_a_convolution_has_classes_and_not_channels() -> None:
+    model = convolutional()
+    assert list(hidden_convolutions(model, 10)) == ["0", "3"]
+    assert list(hidden_convolutions(model, 11)) == ["0", "3", "5"], "no head that is known"
+    assert torch.equal(repair("clp", copy.deepcopy(model), u=2.0).model[5].weight, model[5].weight)
+    assert repair("npd", copy.deepcopy(model), epochs=1).evidence["layer"] == "3"
+    options = {"unlearning_epochs": 1, "epochs": 1, "val_ratio": 0.32}
+    assert set(repair("tsbd", model, **options).tables["filters"].index.get_level_values("layer")) == {"0", "3"}
+    assert list(_convolutions(model, 10)) == ["0", "3"]
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("anp", {"nb_iter": 2}), ("ban", {"epochs": 1}), ("nft", {"steps": 1}),
+    ("rnp", {"unlearning_epochs": 1, "recovering_epochs": 1}),
+])  # fmt: skip
+def test_masks_on_group_norms_behind_frozen_layers(name: str, options: dict[str, int]) -> None:
+    """With channels last torch's backward pass of GroupNorm dies where the input needs no gradient."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 10)).to(memory_format=torch.channels_last)  # fmt: skip
+    repaired = repair(name, model, **options).model
+    assert all(w.isfinite().all() for w in repaired.state_dict().values())
+    assert not any(m._forward_pre_hooks for m in repaired.modules())
+
+
+@pytest.mark.parametrize("method", [*DEFENSES.values(), *DETECTORS.values()], ids=[*DEFENSES, *DETECTORS])
+def test_a_default_is_that_of_the_class_that_names_it_last(method: type) -> None:
+    """Of two parents a dataclass takes the fields of the first, also those that it only inherits itself."""
+    for field in fields(method):
+        nearest = next(c for c in method.__mro__ if field.name in inspect.get_annotations(c))
+        assert nearest.__dataclass_fields__[field.name].default == field.default, field.name
 
 
 @pytest.mark.parametrize(("name", "options"), [

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ulrl.data.imageset import ImageSet
+from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.outliers import OutlierPruning, Scores
 from ulrl.errors import UserError
+from ulrl.models.head import hidden_convolutions
 from ulrl.training import Monitor
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -37,11 +38,11 @@ class CLP(OutlierPruning):
     """
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
-        _units(model, clean.images.shape[1:])
+        _units(model, clean.spec)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         with monitor.stage("score", 1) as progress:
-            units = _units(model, clean.images.shape[1:])
+            units = _units(model, clean.spec)
             scores = []
             for name, unit in units.items():
                 held = [f"{name}.{key}" for key, _ in unit.conv.named_parameters()]
@@ -108,8 +109,8 @@ class _Origins(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _units(model: nn.Module, image: torch.Size) -> dict[str, Unit]:
-    """The convolutions that a forward pass in eval mode uses, by name in that order; image: one's shape [C, H, W].
+def _units(model: nn.Module, spec: DatasetSpec) -> dict[str, Unit]:
+    """The convolutions, but for a head, that a forward pass in eval mode uses, by name in that order.
 
     Raises:
         UserError: there is none.
@@ -117,6 +118,7 @@ def _units(model: nn.Module, image: torch.Size) -> dict[str, Unit]:
     units: dict[str, Unit] = {}
     sums: dict[str, _BatchNorm] = {}  # the BatchNorms that no convolution feeds
     origins = _Origins()
+    hidden = hidden_convolutions(model, spec.num_classes)
 
     def after(name: str, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         source = origins.of(inputs[0])
@@ -131,11 +133,12 @@ def _units(model: nn.Module, image: torch.Size) -> dict[str, Unit]:
     model.eval()
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d) or (isinstance(module, _BatchNorm) and module.running_var is not None):
+            if name in hidden or (isinstance(module, _BatchNorm) and module.running_var is not None):
                 hook = module.register_forward_hook(lambda m, i, o, name=name: after(name, m, i, o))
                 hooks.enter_context(hook)
         with origins:
-            model(torch.zeros(1, *image, device=next(model.parameters()).device))
+            image = torch.zeros(1, spec.channels, spec.height, spec.width)
+            model(image.to(next(model.parameters()).device))
     if not units:
-        raise UserError("clp bounds the channels of convolutions, and this model has none")
+        raise UserError("clp bounds the channels of convolutions, and this model has none before its head")
     return units

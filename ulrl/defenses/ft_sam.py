@@ -34,9 +34,13 @@ class FTSAM(FineTuning):
     label_smoothing: float = option(0.1, "label smoothing", source="BackdoorBench", low=0, high=1)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        classes = clean.spec.num_classes
+        # BackdoorBench's leaves the true class 1 - s; of torch's the true class gets a share, too.
+        smoothing = min(1.0, self.label_smoothing * classes / (classes - 1))
+
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logits = model(x)
-            return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing), logits.detach().argmax(1) == y
+            return F.cross_entropy(logits, y, label_smoothing=smoothing), logits.detach().argmax(1) == y
 
         self.finetune(model, clean, monitor, "finetune", objective=objective, sam=Sam(self.rho_max, adaptive=True))
         return Repair(model)

@@ -33,6 +33,7 @@ class IBAU(Defense):
        how the worst perturbation moves with the weights: the implicit hypergradient, by `K` fixed-point
        iterations.
 
+    In step 1 the loss is that of the true labels, as in the paper; the release's is that of the model's own answers.
     As in the paper the perturbation is bounded in L2; the release has no bound. The paper writes step 2
     with every image perturbed, which (measured) ruins clean accuracy within a round; as in the release
     only a share of each batch is. BatchNorm stays in eval mode. Second derivatives are taken in fp32
@@ -73,7 +74,7 @@ class IBAU(Defense):
                 totals = torch.zeros(2, device=clean.device)  # loss and hits
                 count = 0
                 for x, y in batches:
-                    some = max(1, round(self.portion * len(y)))  # the batch is shuffled, so these are random ones
+                    some = max(1, int(self.portion * len(y)))  # the batch is shuffled, so these are random ones
                     with whole_float32(), sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
                         logits = model(torch.cat([x[:some] + delta * scale, x[some:]]))
                         loss = F.cross_entropy(logits, y)

@@ -40,6 +40,7 @@ class NC(Inverting, FineTuning):
         "early_stop", "EPSILON", "to_file", "n_times_test", "use_norm", "cleaning_ratio",
     )  # fmt: skip
 
+    batch_size: int = option(256, "clean images per step", source="BackdoorBench", low=2)  # else that of the inversion
     z_threshold: float = option(2.0, "classes with a larger robust z are suspicious", source=_PAPER, low=0)
     unlearning_ratio: float = option(0.2, "share of images that get a patch", source=_PAPER, low=0, high=1)
 

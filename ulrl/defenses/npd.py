@@ -16,6 +16,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.perturbation import pixel, still
 from ulrl.errors import UserError
+from ulrl.models.head import hidden_convolutions
 from ulrl.options import option
 from ulrl.training import Monitor, fit
 
@@ -68,14 +69,14 @@ class NPD(Defense):
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
         with still(model):
-            _find(model, next(iter(Batches(clean, 2)))[0], self.target_layer_name)
+            _find(model, next(iter(Batches(clean, 2)))[0], clean.spec.num_classes, self.target_layer_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         still_batches = Batches(clean, self.batch_size, drop_last=True)
         x = next(iter(still_batches))[0]
         scale = pixel(clean)
         with still(model):
-            place = _find(model, x, self.target_layer_name)
+            place = _find(model, x, clean.spec.num_classes, self.target_layer_name)
             plug = _identity(model, place, still_batches)
             hook = place.convolution.register_forward_hook(lambda _, inputs, output: plug(output))
 
@@ -131,8 +132,9 @@ class NPD(Defense):
         return logits.argmax(1), target, x + delta * scale
 
 
-def _find(model: nn.Module, x: torch.Tensor, name: str | None) -> _Place:
-    """The last convolution, or the named one, that can take up a linear map of its output, as the model runs on `x`.
+def _find(model: nn.Module, x: torch.Tensor, num_classes: int, name: str | None) -> _Place:
+    """The last convolution but a head, or the named one, that can take up a linear map of its output, as the model runs
+    on `x`.
 
     Raises:
         UserError: there is none, or the named one is none.
@@ -154,10 +156,10 @@ def _find(model: nn.Module, x: torch.Tensor, name: str | None) -> _Place:
         model(x[:2])
     for hook in hooks:
         hook.remove()
-    places = {}
+    places, hidden = {}, hidden_convolutions(model, num_classes)
     for path, (convolution, output) in outputs.items():
         norm = next((n for n, given in norms if given is output and n.running_mean is not None), None)
-        if convolution.bias is not None or norm is not None:
+        if path in hidden and (convolution.bias is not None or norm is not None):
             places[path] = _Place(path, convolution, norm)
     if not places:
         raise UserError("the model has no convolution with a bias or a BatchNorm behind it, which NPD needs")

@@ -17,6 +17,7 @@ from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.selection import sweep
 from ulrl.errors import UserError
 from ulrl.machine import autocast
+from ulrl.models.head import hidden_convolutions
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, make_optimizer
@@ -53,14 +54,14 @@ class OTBR(Defense):
     acc_ratio: float = option(0.05, "accuracy on the clean samples that may be lost", low=0, high=1)
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
-        _convolutions(model)
+        _convolutions(model, clean.spec.num_classes)
         if find_spec("ot") is None:
             raise UserError("otbr needs POT, an optional extra: pip install 'ulrl[otbr]'")
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        original = {path: m.weight.detach().clone() for path, m in _convolutions(model).items()}
+        original = {path: m.weight.detach().clone() for path, m in _convolutions(model, clean.spec.num_classes).items()}
         unlearned = self._unlearn(copy.deepcopy(model), clean, monitor)
-        moved = _convolutions(unlearned)
+        moved = _convolutions(unlearned, clean.spec.num_classes)
         nwc = {path: (moved[path].weight.detach() - w).abs().flatten(1).sum(1) for path, w in original.items()}
         ranking = torch.cat(list(nwc.values()))
         rank = ranking.argsort(descending=True, stable=True).argsort()  # of each filter, 0 for the most changed
@@ -139,13 +140,13 @@ def _transport(given: torch.Tensor, wanted: torch.Tensor, nwc: torch.Tensor) -> 
     return torch.where(sums > 0, plan / sums, torch.eye(len(plan), dtype=plan.dtype)).to(given.device)
 
 
-def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+def _convolutions(model: nn.Module, num_classes: int) -> dict[str, nn.Conv2d]:
     """In the order of the model; shortcuts are named so in ours and in the releases, `downsample` in torchvision."""
     found = {
         path: m
-        for path, m in model.named_modules()
-        if isinstance(m, nn.Conv2d) and not {"shortcut", "downsample"} & set(path.split("."))
+        for path, m in hidden_convolutions(model, num_classes).items()
+        if not {"shortcut", "downsample"} & set(path.split("."))
     }
     if not found:
-        raise UserError("the model has no nn.Conv2d layer, so it has no filters for OTBR to rank")
+        raise UserError("the model has no nn.Conv2d layer before its head, so it has no filters for OTBR to rank")
     return found

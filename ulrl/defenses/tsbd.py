@@ -15,6 +15,7 @@ from ulrl.defenses.base import Repair, register
 from ulrl.defenses.selection import Selecting, sweep
 from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
+from ulrl.models.head import hidden_convolutions
 from ulrl.options import option
 from ulrl.training import OPTIMIZERS, Monitor, Sam, fit, make_optimizer
 
@@ -58,15 +59,15 @@ class TSBD(Selecting, Unlearning):
     alpha: float = option(0.7, "share of the gradient there", source=_RELEASE, low=0, high=1)
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
-        _convolutions(model)
+        _convolutions(model, clean.spec.num_classes)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        original = {path: m.weight.detach().clone() for path, m in _convolutions(model).items()}
+        original = {path: m.weight.detach().clone() for path, m in _convolutions(model, clean.spec.num_classes).items()}
         train, validation = self.set_aside(clean)
         unlearned = self.unlearn(model, train, monitor, in_eval=True)
         changes = {
             path: (m.weight.detach() - original[path]).abs().flatten(1)
-            for path, m in _convolutions(unlearned.model).items()
+            for path, m in _convolutions(unlearned.model, clean.spec.num_classes).items()
         }
         nwc = torch.cat([change.sum(1) for change in changes.values()])
         rank = nwc.argsort(descending=True, stable=True).argsort()  # of each filter, 0 for the most changed
@@ -108,10 +109,10 @@ class TSBD(Selecting, Unlearning):
         )  # fmt: skip
 
 
-def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    found = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+def _convolutions(model: nn.Module, num_classes: int) -> dict[str, nn.Conv2d]:
+    found = hidden_convolutions(model, num_classes)
     if not found:
-        raise UserError("the model has no nn.Conv2d layer, so it has no filters for TSBD to rank")
+        raise UserError("the model has no nn.Conv2d layer before its head, so it has no filters for TSBD to rank")
     return found
 
 

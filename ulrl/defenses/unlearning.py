@@ -51,7 +51,7 @@ class Unlearned:
 class Unlearning(Defense):
     """A defense that unlearns first, and its options for that. Defaults are the releases' for CIFAR-10."""
 
-    unlearning_epochs: int = option(20, "unlearning epochs at most", source=_RELEASES, low=1)
+    unlearning_epochs: int = option(20, "unlearning epochs at most (RNP's release: 21)", source=_RELEASES, low=1)
     unlearning_lr: float = option(0.01, "learning rate of unlearning", source=_RELEASES, low=0)
     lr_scheduler: str = option("MultiStepLR", "rate over the unlearning", source=_RELEASES, choices=SCHEDULERS)
     steplr_milestones: tuple[int, ...] = option((10, 20), "epochs after which the rate drops", source=_RELEASES)

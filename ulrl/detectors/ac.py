@@ -50,12 +50,13 @@ class ActivationClustering(Detector):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.metrics import silhouette_score
 
-        if (features == features[0]).all():  # one image again and again, or a dead layer: nothing to split
+        rank = int(torch.linalg.matrix_rank(features - features.mean(0)))  # ICA finds no more directions than there are
+        if not rank:  # one image again and again, or a dead layer: nothing to split
             return torch.zeros(len(features)), 0.0, 0.5
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what ICA has by then is good enough for two clusters
             reduced = FastICA(
-                min(self.nb_dims, len(features) - 1, features.shape[1]), whiten="unit-variance",
+                min(self.nb_dims, rank), whiten="unit-variance",
                 random_state=self.random_seed,
             ).fit_transform(features.numpy())  # fmt: skip
         kmeans = KMeans(2, n_init=10, random_state=self.random_seed).fit(reduced)

@@ -48,6 +48,15 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
     return name, heads[name]
 
 
+def hidden_convolutions(model: nn.Module, num_classes: int) -> dict[str, nn.Conv2d]:
+    """The convolutions by dotted name, in the order of `model.named_modules()`; no head, whose channels are classes."""
+    try:
+        _, head = find_head(model, num_classes)
+    except UserError:
+        head = None
+    return {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and m is not head}
+
+
 def _is_linear(convolution: nn.Conv2d) -> bool:
     """Whether it is a linear layer at each position."""
     return convolution.kernel_size == (1, 1) and convolution.groups == 1
