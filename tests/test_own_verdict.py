@@ -36,9 +36,9 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
     [
         ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], (0, "uncertain")),  # far, however high it stands
         ([9, 1, 2], [1, 0, 0], [0.2, 1, 1.2], (0, "backdoored")),
-        ([12, 1, 2], [1, 0, 0], [0.35, 1, 1.2], (0, "backdoored")),  # less near, but it stands high
-        ([9, 1, 2], [1, 0, 0], [0.35, 1, 1.2], (0, "uncertain")),
-        ([12, 1, 2], [1, 0, 0], [0.45, 1, 1.2], (0, "uncertain")),
+        ([7, 1, 2], [1, 0, 0], [0.35, 1, 1.2], (0, "backdoored")),  # less near, but it stands high
+        ([5, 1, 2], [1, 0, 0], [0.35, 1, 1.2], (0, "uncertain")),
+        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], (0, "uncertain")),
         ([9, 1, 2], [1, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),  # near, but another
         ([3, 1, 2], [0, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),
         ([3, 1, 2], [0, 0, 0], [0.9, 0.6, 1.2], (1, "no evidence found")),

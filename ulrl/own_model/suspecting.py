@@ -25,7 +25,7 @@ SEARCH_CLASSES = 10
 FEW = 200  # images; how often verdicts are right was measured on as many and more
 # Shares of the median norm: near, and near enough for a class whose z is above FAR_ABOVE. Set on small models, all of
 # which docs/verdicts.md names.
-NEAR, NEAR_ENOUGH, FAR_ABOVE = 0.25, 0.4, 10.0
+NEAR, NEAR_ENOUGH, FAR_ABOVE = 0.25, 0.4, 6.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,7 +76,7 @@ def suspect(
     universal perturbation is searched, on up to 32 of the images; a class's reach is the norm of its perturbation
     as a share of their median. The verdict is
 
-    - "backdoored" when a flagged class has a reach below 0.25, or below 0.4 where its z is above 10;
+    - "backdoored" when a flagged class has a reach below 0.25, or below 0.4 where its z is above 6;
     - "uncertain" when only one of the two is seen: a class is flagged, however far it is, or one is near; and when
       either was sought in vain: unlearning ended above its goal, a perturbation was found for less than half of
       the classes searched, or the model has two classes, of which neither can stand out from the other;
