@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from torch.optim.swa_utils import update_bn
 
 from bench.jobs import Bench
 from bench.pages import RESULTS, write_csv
@@ -25,7 +24,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.datasets import clean_subset
 from ulrl.record import load_defense_result
 from ulrl.seeds import generator
-from ulrl.training import judge
+from ulrl.training import judge, measure_statistics
 
 RATIO, SUBSET = 0.01, 0
 
@@ -51,7 +50,7 @@ def measured(bench: Bench, defense: str, points: int, test_images: int) -> list[
     for share in torch.linspace(0, 1, points).tolist():
         model = bench.net(weights=mixed(bench.record.state_dict, repaired, share))
         batches = Batches(clean, 128, generator(0, "valley", clean.device), drop_last=True)
-        update_bn((batch for _ in range(3) for batch in batches), model)
+        measure_statistics(model, (batch for _ in range(3) for batch in batches))
         figures = judge(model, test, triggered)
         rows.append({"record": bench.record.name, "defense": defense, "share": share, "acc": figures.acc,
                      "asr": figures.asr, "ra": figures.ra})  # fmt: skip

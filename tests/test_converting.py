@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import peer_records as peer
 import pytest
+import safetensors.torch
 import torch
 from manners import refused
 
@@ -16,6 +20,7 @@ from ulrl.converting import ConvertOptions, convert, inspect_file
 from ulrl.data.imageset import DatasetSpec
 from ulrl.record import Record, load_record
 from ulrl.record_folder import PICKLE, PLAIN
+from ulrl.untrusted.weights import load_safetensors
 
 SPEC = DatasetSpec("toy", peer.CLASSES, 3, peer.HEIGHT, peer.WIDTH, (0.5,) * 3, (0.25,) * 3)
 
@@ -83,6 +88,26 @@ def test_a_record_without_its_images_is_said_to_be_so(record: Record, caplog: py
     assert f"one has no folder {record.bd_test.folder}" in said
     assert not (new / record.bd_test.folder).exists()
     assert (new / record.bd_train.folder).is_dir()
+
+
+def test_what_is_written_is_read_under_numpy_1(record: Record) -> None:
+    """BackdoorBench's own environment has it, and no module `numpy._core`."""
+    back = convert(load_record(convert(record, ConvertOptions())), ConvertOptions(to="pickle", out="again"))
+    with zipfile.ZipFile(back / PICKLE) as file:
+        (pickled,) = [file.read(name) for name in file.namelist() if name.endswith("data.pkl")]
+    asked = {f"{m.group(1).decode()}" for m in re.finditer(rb"c(numpy[\w.]*)\n", pickled)}
+    assert asked == {"numpy", "numpy.core.multiarray"}
+
+
+@pytest.mark.parametrize("index", [-1, 2**61, 1.5, True, "1"])
+def test_an_index_that_is_none_is_refused(record: Record, index: object) -> None:
+    """Numbers that collide fill a dictionary for minutes."""
+    file = convert(record, ConvertOptions()) / PLAIN
+    tensors = safetensors.torch.load(file.read_bytes())
+    about = json.loads(load_safetensors(file, 1 << 30)[0]["record"])
+    about["bd_train"]["bd_data_container"]["data_dict"][0][0] = index
+    file.write_bytes(safetensors.torch.save(tensors, {"format": "pt", "record": json.dumps(about)}))
+    refused(lambda: load_record(file.parent), PLAIN, f"{index!r} is no index")
 
 
 def test_a_damaged_plain_record_is_refused(record: Record) -> None:

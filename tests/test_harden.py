@@ -126,7 +126,9 @@ def test_each_batch_of_the_last_statistics_is_whole(
 ) -> None:
     """They weigh the same in BatchNorm's mean, so two images left over would weigh as much as a batch."""
     sizes: list[int] = []
-    monkeypatch.setattr("ulrl.defenses.harden.update_bn", lambda batches, _: sizes.extend(len(x) for x, _ in batches))
+    monkeypatch.setattr(
+        "ulrl.defenses.harden.measure_statistics", lambda _, batches: sizes.extend(len(x) for x, _ in batches)
+    )
     model = copy.deepcopy(original).requires_grad_(True)
     Harden(amp=False, batch_size=62, epochs=1, restore_epochs=1).run(model, clean, Monitor())
     assert sizes == [62] * 6  # three passes a stage

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from ulrl.data.datasets import SPECS
-from ulrl.data.imageset import ImageSet
+from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.base import DEFENSES, Repair
 from ulrl.defenses.bnp import _clean_moments, divergence
 from ulrl.defenses.clp import _units, channel_bounds
@@ -20,6 +20,8 @@ from ulrl.defenses.nad import spatial_stages
 from ulrl.errors import UserError
 from ulrl.models import build_model
 from ulrl.training import Monitor
+
+SMALL = DatasetSpec("small", 10, 3, 8, 8, (0.5,) * 3, (0.25,) * 3)
 
 
 class Residual(nn.Module):
@@ -80,13 +82,13 @@ def test_clp_counts_each_batch_norm_once_where_it_acts() -> None:
                 "4.conv1": ("", "4.bn1"), "4.conv2": ("", "4.bn2")}),
     ):  # fmt: skip
         names = {module: name for name, module in disturb(net).named_modules()}
-        units = _units(net, torch.Size((3, 8, 8)))
+        units = _units(net, SMALL)
         assert {k: (names[u.before] if u.before else "", u.after_name) for k, u in units.items()} == expected
 
 
 def test_clp_bound_is_the_spectral_norm_of_the_scaled_filter() -> None:
     net = disturb(nn.Sequential(nn.Conv2d(3, 8, 3), Residual(8, pre=True), Residual(8, pre=True, groups=2)))
-    unit = _units(net, torch.Size((3, 8, 8)))["2.conv1"]
+    unit = _units(net, SMALL)["2.conv1"]
     before, after = net[2].bn1, net[2].bn2
     filters = unit.conv.weight.detach()
     for k in range(8):

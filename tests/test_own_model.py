@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from manners import refused
 from own_nets import QUICK, TARGET, Headless, Net, rates, stamp, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ulrl
 from ulrl import UserError
+from ulrl.data.datasets import SPECS
+from ulrl.data.imageset import InputSet
 from ulrl.defenses.base import DEFENSES
 from ulrl.options import Schema
+from ulrl.training import predict
 
 
 def test_purify_removes_a_backdoor_and_touches_nothing_else(
@@ -228,6 +232,109 @@ def test_bad_input_is_one_sentence(
         warnings.simplefilter("ignore")
         ulrl.purify(given.pop("model"), given.pop("images"), given.pop("labels"), **given)
     assert words in str(raised.value)
+
+
+class Auxiliary(Net):
+    """Answers with a second head in train mode, as GoogLeNet does."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return (super().forward(x), x.mean()) if self.training else super().forward(x)
+
+
+def test_train_mode_and_gradients_are_asked_for_by_what_trains_alone(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    auxiliary = Auxiliary()
+    auxiliary.load_state_dict(backdoored.state_dict())
+    for work in (ulrl.purify, ulrl.suspect):
+        refused(lambda work=work: work(auxiliary, *clean), "output is tuple in train mode")
+        with torch.no_grad():
+            refused(lambda work=work: work(backdoored, *clean), "gradients are switched off", "torch.no_grad()")
+    with torch.no_grad():
+        assert ulrl.evaluate(auxiliary, *digits).acc == ulrl.evaluate(backdoored, *digits).acc > 0.9
+
+
+class Late(Net):
+    """A head before another layer of ten outputs, called by keyword, and a buffer of the first forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(()))
+        return self.classify(input=self.body(x).flatten(1))
+
+
+def test_a_layer_without_a_part_in_the_answers_is_no_head(clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [ulrl.purify(Late(), *clean, **QUICK, **named) for named in ({}, {"linear_name": "classify"})]
+        ulrl.purify(Late(), *clean, method="fp", linear_name="classify", epochs=1)
+    assert [any("spare has an output per class but no part" in n for n in r.report["notes"]) for r in found] == [
+        True,
+        False,
+    ]
+
+
+def test_a_hook_on_the_head_is_part_of_the_model(
+    backdoored: nn.Module, digits: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooked = copy.deepcopy(backdoored)
+    hooked.classify.register_forward_hook(lambda _, inputs, output: output.roll(1, 1))
+    turned = digits[0], (digits[1] + 1) % 10
+    assert ulrl.evaluate(hooked, *turned).acc == ulrl.evaluate(backdoored, *digits).acc
+    # Where the head computes apart, it does so before the hook.
+    monkeypatch.setattr("ulrl.training.autocast", lambda device, amp: torch.autocast(device.type, torch.bfloat16))
+    data = InputSet(*turned, SPECS["digits"])
+    assert torch.equal(predict(hooked, data), (predict(backdoored, data) + 1) % 10)
+
+
+def test_a_weight_that_is_computed_of_others_is_refused_where_it_would_be_edited(
+    clean: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    head, convolution = Net(), Net()
+    nn.utils.parametrizations.spectral_norm(head.classify)
+    nn.utils.parametrizations.weight_norm(convolution.body[0][0])
+    for model, methods in ((head, ("ulrl", "harden", "fp", "d3")), (convolution, ("tsbd", "clp", "otbr"))):
+        for method in methods:
+            refused(lambda m=method, of=model: ulrl.purify(of, *clean, method=m), "computed of others", "remove_param")
+
+
+class Still(Net):
+    """Keeps its BatchNorm in eval mode, as who fine-tunes often does."""
+
+    def train(self, mode: bool = True) -> Still:
+        super().train(mode)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+        return self
+
+
+def test_statistics_that_a_model_keeps_are_kept(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    still = Still()
+    still.load_state_dict(backdoored.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        repaired = ulrl.purify(still, *clean, epochs=1, restore_epochs=1, tries=0).model
+    for name, buffer in backdoored.named_buffers():
+        assert torch.equal(buffer, repaired.get_buffer(name)), name
+
+
+def test_a_group_norm_may_come_first(clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """On images that lie channels last torch's backward pass of it ends the process."""
+    model = nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 10))  # fmt: skip
+    images = clean[0].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        repaired = ulrl.purify(model, images, clean[1], method="ft", epochs=1).model
+        ulrl.suspect(model, images, clean[1], unlearning_epochs=1)
+    assert weights(repaired).isfinite().all()
 
 
 def test_a_wrong_augmentation_is_not_laid_to_unlearning(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ulrl.configure import options_of
 from ulrl.data.batches import augment, normalise
@@ -145,12 +146,14 @@ def _build(named: str) -> nn.Module:
 
 def _load_weights(model: nn.Module, file: Path) -> None:
     """Load weights strictly. Nothing in the file is run."""
-    size = sum(w.nbytes for w in model.state_dict().values())
+    own = {k: w for k, w in model.state_dict().items() if isinstance(w, torch.Tensor)}
+    if lazy := next((k for k, w in own.items() if is_lazy(w)), None):
+        raise UserError(f"--model: {lazy} has no shape yet; let the factory run a batch through its lazy layers")
+    size = sum(w.nbytes for w in own.values())
     try:
         weights = load_weights(file, max(MOST, 8 * size))  # an optimizer's state may lie beside them
     except UserError as error:
         raise UserError(f"--weights {error}") from None
-    own = model.state_dict()
     for name, w in own.items():  # safetensors keep shared weights under one of their names
         twin = next((k for k in weights if k in own and own[k].data_ptr() == w.data_ptr()), None)
         if name not in weights and twin is not None and own[twin].shape == w.shape:
@@ -162,7 +165,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         if unknown and unknown[0] not in wrong[:4]:  # a prefix, such as a wrapper's, or another network
             ask = f"the file has {', '.join(unknown)}; save the weights of the factory's own network, under its names"
         raise UserError(f"--weights {file} does not fit --model: see {', '.join(wrong[:4])}; {ask}")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)  # all are there, but for what is no tensor
 
 
 # The images

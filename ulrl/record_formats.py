@@ -7,11 +7,13 @@ In the latter the weights are tensors named `model/<name>`, the arrays of `bd_tr
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -45,12 +47,23 @@ def load_raw(file: Path, inside: Path) -> Any:
                 container["data_dict"] = {
                     index: {"path": path, "other_info": [label, original]}
                     for index, path, label, original in container["data_dict"]
+                    if _is_index(index)
                 }
     except Exception as error:  # whatever is made of a stranger's texts
         raise UserError(
             f"{file} is no record in safetensors ({type(error).__name__}: {error}); convert it again"
         ) from None
     return raw
+
+
+def _is_index(value: Any) -> bool:
+    """
+    Raises:
+        ValueError: it is none; numbers far larger can be made to collide, and then fill a dictionary for minutes.
+    """
+    if type(value) is not int or not 0 <= value < 2**40:
+        raise ValueError(f"{value!r} is no index of an image")
+    return True
 
 
 def save_plain(raw: Mapping[str, Any], file: Path) -> None:
@@ -83,4 +96,19 @@ def save_pickle(raw: Mapping[str, Any], keys: Sequence[str], file: Path) -> None
     for split in SPLITS:
         if content[split] is not None:
             content[split] |= {name: content[split][name].copy() for name in ARRAYS}
-    save_torch(content, file)
+    with _arrays_of_numpy_1():
+        save_torch(content, file)
+
+
+@contextlib.contextmanager
+def _arrays_of_numpy_1() -> Iterator[None]:
+    """Inside the block a pickled array asks for the name that its maker has in numpy 1, too, with which BackdoorBench's
+    own environment reads it; numpy 2 knows both.
+    """
+    maker = np.empty(0).__reduce__()[0]
+    own = maker.__module__
+    maker.__module__ = "numpy.core.multiarray"
+    try:
+        yield
+    finally:
+        maker.__module__ = own

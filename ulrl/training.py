@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.machine import autocast, eval_batch
 from ulrl.metrics import Judgement, share
-from ulrl.models.head import find_head, head_features
+from ulrl.models.head import find_head, first_input, head_features
 from ulrl.options import option
 
 SCHEDULERS = ("CosineAnnealingLR", "MultiStepLR", "ReduceLROnPlateau", "constant")
@@ -234,7 +234,7 @@ def fit(
     device = batches.data.device
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    with monitor.stage(stage, epochs * len(batches)) as progress:
+    with monitor.stage(stage, epochs * len(batches)) as progress, channels_first(model):
         for epoch in range(1, epochs + 1):
             totals, count = torch.zeros(2, device=device), 0  # loss and hits; samples
             for x, y in batches:
@@ -273,6 +273,43 @@ def fit(
                 progress.reached()
                 return True
     return False
+
+
+@contextlib.contextmanager
+def channels_first(model: nn.Module) -> Iterator[None]:
+    """GroupNorm is given its images channels first inside the block.
+
+    Where they lie channels last and their gradient is not asked for, as of a first layer or behind frozen ones, its
+    backward pass on a CPU kills the process (torch 2.13).
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    hooks = [m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for m in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def measure_statistics(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """BatchNorm's running statistics anew, in place: of plain `batches`, each of which weighs the same.
+
+    As `torch.optim.swa_utils.update_bn`, but of the layers that measure in the model's train mode only: a net that
+    keeps its statistics there would be left without any.
+    """
+    was_training = model.training
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+    for x, _ in batches:
+        model(x)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    model.train(was_training)
 
 
 @contextlib.contextmanager
@@ -317,11 +354,13 @@ def _exact_head(model: nn.Module, num_classes: int) -> Iterator[None]:
         yield
         return
 
-    def exactly(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    def exactly(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(output.device.type):
+            return output
         with torch.autocast(output.device.type, enabled=False):
-            return head.forward(inputs[0].to(head.weight.dtype))
+            return head.forward(first_input(given, named).to(head.weight.dtype))
 
-    hook = head.register_forward_hook(exactly)
+    hook = head.register_forward_hook(exactly, prepend=True, with_kwargs=True)  # before what a user hung there
     try:
         yield
     finally:
@@ -339,7 +378,9 @@ def head_inputs(model: nn.Module, head: nn.Module, data: ImageSet, amp: bool = T
     Where it is a convolution, the mean over its positions.
     """
     seen: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(head_features(inputs[0]).float()))
+    hook = head.register_forward_pre_hook(
+        lambda _, given, named: seen.append(head_features(first_input(given, named)).float()), with_kwargs=True
+    )
     try:
         _outputs(model, data, amp, model)
     finally:

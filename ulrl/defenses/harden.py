@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 from ulrl.data.batches import Batches, normalise, pixels
 from ulrl.data.imageset import DatasetSpec, ImageSet
@@ -21,7 +20,7 @@ from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
 from ulrl.models.head import find_head
 from ulrl.options import option
-from ulrl.training import Monitor, Objective
+from ulrl.training import Monitor, Objective, measure_statistics
 
 _NEVER = -1e4  # the logit of a class that is left out
 _LOOKS = 4  # passes over the clean images that the classes' excess is measured on
@@ -113,7 +112,7 @@ class Harden(FineTuning):
             after_step=corruptions.learning.step,
         )  # fmt: skip
         statistics = self.batches(clean, f"{stage} statistics", drop_last=True)  # each batch weighs the same in them
-        update_bn((batch for _ in range(3) for batch in statistics), model)
+        measure_statistics(model, (batch for _ in range(3) for batch in statistics))
 
     def _hardening(
         self, original: nn.Module, flagged: torch.Tensor, corruptions: _Corruptions,

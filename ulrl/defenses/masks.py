@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ulrl.errors import UserError
+from ulrl.training import channels_first
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -72,7 +73,6 @@ def masked(
     Yields the masks, in the order of `norm_layers` and of `tensors` within a layer.
     """
     layers = norm_layers(model).values()
-    hooks = [layer.register_forward_pre_hook(_channels_first) for layer in layers if isinstance(layer, nn.GroupNorm)]
     trainable = [p for p in model.parameters() if p.requires_grad] if frozen else []
     masks = []
     try:
@@ -82,23 +82,15 @@ def masked(
             for tensor in tensors:
                 masks.append(kind(getattr(layer, tensor)))
                 parametrize.register_parametrization(layer, tensor, masks[-1])
-        yield masks
+        with channels_first(model):
+            yield masks
     finally:
-        for hook in hooks:
-            hook.remove()
         for layer in layers:
             for tensor in tensors:
                 if parametrize.is_parametrized(layer, tensor):
                     parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
         for p in trainable:
             p.requires_grad_(True)
-
-
-def _channels_first(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Of a GroupNorm whose input's gradient is not asked for, with channels last, the CPU's backward pass kills the
-    process (torch 2.13).
-    """
-    return (inputs[0].contiguous(),)
 
 
 def worst_noise(

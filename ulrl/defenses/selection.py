@@ -122,5 +122,6 @@ def sweep(
 
 @torch.no_grad()
 def _copy_weights(source: nn.Module, target: nn.Module) -> None:
-    for ours, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+    tensors = [(*model.parameters(), *model.buffers()) for model in (target, source)]
+    for ours, theirs in zip(*tensors, strict=True):
         ours.copy_(theirs)

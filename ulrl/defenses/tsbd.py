@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
@@ -17,7 +16,7 @@ from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.models.head import hidden_convolutions
 from ulrl.options import option
-from ulrl.training import OPTIMIZERS, Monitor, Sam, fit, make_optimizer
+from ulrl.training import OPTIMIZERS, Monitor, Sam, fit, make_optimizer, measure_statistics
 
 _RELEASE = "TSBD release"
 NEURON_RATIOS = (0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -84,7 +83,7 @@ class TSBD(Selecting, Unlearning):
 
         swept = sweep(
             model, ratios, edit, validation, self.acc_ratio, monitor, amp=self.amp, fixed=self.neuron_ratio,
-            prepare=lambda edited: update_bn(Batches(train, self.batch_size, drop_last=True), edited),
+            prepare=lambda edited: measure_statistics(edited, Batches(train, self.batch_size, drop_last=True)),
             finish=lambda candidate: self._finetune(candidate, train, Monitor()),
         )  # fmt: skip
         self._finetune(model, train, monitor)

@@ -105,7 +105,7 @@ class Unlearning(Defense):
                 make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma),
                 monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
             )  # fmt: skip
-            if not all(weight.isfinite().all() for weight in copied.state_dict().values()):
+            if not all(tensor.isfinite().all() for tensor in (*copied.parameters(), *copied.buffers())):
                 raise Overflow(f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}; lower its rate")
         except Overflow as overflow:  # of a method that only begins with it, these are no options
             raise UserError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ulrl.errors import UserError
 
@@ -21,7 +23,8 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
     channels (SqueezeNet's). `weight.flatten(1)` has a row per class for either.
 
     Raises:
-        UserError: there is none, the named one is no such layer, or its weight serves another layer too.
+        UserError: there is none, the named one is no such layer, its weight is computed of others, or serves another
+            layer, too.
     """
     linear, convolutions = {}, {}
     for path, module in model.named_modules():
@@ -39,6 +42,7 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
         name = list(heads)[-1]
     elif name not in heads:
         raise UserError(f"linear_name {name!r} is no layer with {num_classes} outputs; known: {', '.join(heads)}")
+    _require_plain(name, heads[name])
     for other, weight in model.named_parameters(remove_duplicate=False):
         if weight is heads[name].weight and other != f"{name}.weight":
             raise UserError(
@@ -49,17 +53,37 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
 
 
 def hidden_convolutions(model: nn.Module, num_classes: int) -> dict[str, nn.Conv2d]:
-    """The convolutions by dotted name, in the order of `model.named_modules()`; no head, whose channels are classes."""
+    """The convolutions by dotted name, in the order of `model.named_modules()`; no head, whose channels are classes.
+
+    Raises:
+        UserError: the weight of one is computed of others.
+    """
     try:
         _, head = find_head(model, num_classes)
     except UserError:
         head = None
-    return {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and m is not head}
+    found = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and m is not head}
+    for path, convolution in found.items():
+        _require_plain(path, convolution)
+    return found
+
+
+def _require_plain(name: str, layer: nn.Module) -> None:
+    if is_parametrized(layer, "weight"):  # what is written into it is lost
+        raise UserError(
+            f"the weight of {name} is computed of others (spectral_norm, weight_norm); call "
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') on it first"
+        )
 
 
 def _is_linear(convolution: nn.Conv2d) -> bool:
     """Whether it is a linear layer at each position."""
     return convolution.kernel_size == (1, 1) and convolution.groups == 1
+
+
+def first_input(given: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
+    """What a layer was called with, by place or as `input=`."""
+    return given[0] if given else named["input"]
 
 
 def head_features(given: torch.Tensor) -> torch.Tensor:
@@ -72,13 +96,13 @@ def watched(heads: list[Head]) -> Iterator[list[torch.Tensor]]:
     """Inside the block the list holds what each of the heads was last given: float32 [B, D], with its gradient."""
     seen: list[torch.Tensor] = [torch.empty(0) for _ in heads]
 
-    def keep(i: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen[i] = head_features(inputs[0]).float()
+    def keep(i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen[i] = head_features(first_input(given, named)).float()
 
         return hook
 
-    hooks = [head.register_forward_pre_hook(keep(i)) for i, head in enumerate(heads)]
+    hooks = [head.register_forward_pre_hook(keep(i), with_kwargs=True) for i, head in enumerate(heads)]
     try:
         yield seen
     finally:

@@ -36,7 +36,7 @@ def evaluate(
     """
     if (trigger is None) != (target is None):
         raise UserError("trigger and target belong together: give both, or neither for accuracy alone")
-    given = prepare(model, images, labels, device=device)
+    given = prepare(model, images, labels, device=device, trains=False)
     say(given.notes)
     clean = given.clean
     acc = share(predict(given.model, clean, amp=False) == clean.labels) or 0.0

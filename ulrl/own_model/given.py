@@ -18,6 +18,7 @@ from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.machine import eval_batch, pick_device
 from ulrl.metrics import agreement
+from ulrl.models.head import find_head
 from ulrl.options import Schema
 from ulrl.training import Monitor
 
@@ -49,9 +50,13 @@ class Given:
 
 
 def prepare(
-    model: Any, images: Images, labels: Any, augment: Augment | None = None, device: str | torch.device | None = None
-) -> Given:
+    model: Any, images: Images, labels: Any, augment: Augment | None = None, device: str | torch.device | None = None,
+    *, trains: bool = True, linear_name: str | None = None,
+) -> Given:  # fmt: skip
     """Check what the user gave and make it ready. The copy of the model stands on `device`, its own where None.
+
+    trains: whether the copy will be trained, so that it must answer in train mode, too, and with a gradient.
+    linear_name: of the head, where the user named it.
 
     Raises:
         UserError: a model, samples or a device that do not fit; the sentence says what to do.
@@ -69,6 +74,8 @@ def prepare(
         ) from error
     x, y = x.to(place), y.to(place)
     classes = head_size(subject, x)
+    if trains:
+        _check_training(subject, x[:2], classes)
     with torch.no_grad():
         logits = torch.cat([subject(part).float() for part in x.split(eval_batch(place))])
     if not logits.isfinite().all():
@@ -91,7 +98,8 @@ def prepare(
         "samples", classes, channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), crop_padding=0
     )
     right = (predicted == y).double().mean().item()
-    notes = _notes(classes - len(y.unique()), classes, reading, right, low.min().item(), high.max().item())
+    notes = [*_unused_head(subject, x[:2], classes, linear_name)] if trains else []
+    notes += _notes(classes - len(y.unique()), classes, reading, right, low.min().item(), high.max().item())
     return Given(subject, InputSet(x, y, spec, augment and _in_shape(augment)), reading, notes)
 
 
@@ -262,6 +270,48 @@ def head_size(model: nn.Module, x: torch.Tensor) -> int:
     if not isinstance(first, torch.Tensor) or first.ndim != 2 or len(first) != len(x[:2]) or first.shape[1] < 2:
         shape = list(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
         raise UserError(f"the model's output is {shape}, not logits [B, K]; wrap it in a module that returns them")
-    if not first.requires_grad:
-        raise UserError("the model's output carries no gradient; take torch.no_grad() or detach() out of its forward")
     return first.shape[1]
+
+
+def _check_training(model: nn.Module, x: torch.Tensor, classes: int) -> None:
+    """A step of two samples in train mode, of a copy and with the global generators put back.
+
+    Raises:
+        UserError: the answer is no logits there, or carries no gradient.
+    """
+    if not torch.is_grad_enabled():
+        raise UserError("gradients are switched off here; call it outside of torch.no_grad() and inference_mode()")
+    copied = copy.deepcopy(model).train()
+    devices = [x.device] if x.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            answer = copied(x)
+    except Exception as error:  # whatever a stranger's module makes of it
+        raise UserError(
+            f"the model fails in train mode ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    if not isinstance(answer, torch.Tensor) or answer.shape != (len(x), classes):
+        shape = list(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+        raise UserError(
+            f"the model's output is {shape} in train mode, not logits [B, {classes}] as in eval mode; wrap it in a "
+            "module that returns them in both"
+        )
+    if not answer.requires_grad:
+        raise UserError("the model's output carries no gradient; take torch.no_grad() or detach() out of its forward")
+
+
+def _unused_head(model: nn.Module, x: torch.Tensor, classes: int, named: str | None) -> list[str]:
+    """A note where what `find_head` takes for the head has no part in the answers."""
+    try:
+        name, head = find_head(model, classes, named)
+    except UserError:
+        return []  # said by the methods that need one
+    called = []
+    hook = head.register_forward_hook(lambda *_: called.append(True))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    if called:
+        return []
+    return [f"{name} has an output per class but no part in the answers; name the true head with linear_name, or a "
+            "method that edits the head changes nothing"]  # fmt: skip

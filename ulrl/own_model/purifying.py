@@ -104,7 +104,7 @@ def purify(
     for name, share, high in (("hold_out", hold_out, 0.9), ("max_accuracy_loss", max_accuracy_loss, 1)):
         if share is not None and not 0 <= share <= high:
             raise UserError(f"{name} is {share}; give a share from 0 to {high}")
-    given = prepare(model, images, labels, augment, device)
+    given = prepare(model, images, labels, augment, device, linear_name=hyperparameters.get("linear_name"))
     start, monitor, notes, clean = time.perf_counter(), make_monitor(progress), given.notes, given.clean
     defense.check(given.model, clean)
     train, held_out = clean, clean
@@ -149,12 +149,14 @@ def _as_given(repaired: nn.Module, model: nn.Module) -> nn.Module:
     """The repaired copy with the modes, dtypes, devices and frozen parameters of the model it was made from."""
     for ours, theirs in zip(repaired.modules(), model.modules(), strict=True):
         ours.training = theirs.training
-    for tensor, original in zip(_tensors(repaired), _tensors(model), strict=True):
-        tensor.data = tensor.data.to(original.device, original.dtype)
-        tensor.requires_grad_(original.requires_grad)
+    originals = dict(_tensors(model))
+    for name, tensor in _tensors(repaired):
         tensor.grad = None
+        if name in originals:  # which a buffer is not that is made in the first forward pass
+            tensor.data = tensor.data.to(originals[name].device, originals[name].dtype)
+            tensor.requires_grad_(originals[name].requires_grad)
     return repaired
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    return itertools.chain(model.parameters(), model.buffers())
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import nn
 
 from ulrl.errors import UserError
@@ -37,7 +38,8 @@ def save_weights(model: nn.Module, path: Path, *, overwrite: bool = False) -> No
     check_weights_output(path, overwrite=overwrite)
     with whole_file(path) as partial:
         if path.suffix != ".safetensors":
-            save_torch({k: v.cpu() for k, v in model.state_dict().items()}, partial)
+            held = model.state_dict().items()
+            save_torch({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in held}, partial)
             return
         try:
             safetensors.torch.save_model(model, str(partial))  # weights that are shared are written once

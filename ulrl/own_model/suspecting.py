@@ -95,7 +95,7 @@ def suspect(
         UserError: as `purify`.
     """
     make_method("ulrl", hyperparameters)  # what is wrong with them is said before the work
-    given = prepare(model, images, labels, augment, device)
+    given = prepare(model, images, labels, augment, device, linear_name=hyperparameters.get("linear_name"))
     start, monitor, clean = time.perf_counter(), make_monitor(progress), given.clean
     defense = make_method("ulrl", {"batch_size": max(2, min(128, len(clean) // STEPS_AN_EPOCH)), **hyperparameters})
     defense.check(given.model, clean)
