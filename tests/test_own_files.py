@@ -224,6 +224,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES)} --check --method ulr", "did you mean 'ulrl'"),
         (f"{' '.join(FILES)} --out x.pt --method abl", "repairs while it trains on the poisoned training set"),
         (f"{' '.join(FILES)} --out x.pt --method recover_trigger", "only finds and repairs nothing"),
+        (f"{' '.join(FILES)} --check --z_threshold 3", "an option of ulrl and not of harden; add --method ulrl"),
         (f"{' '.join(FILES)} --check --attack badnet", "unknown argument --attack"),
         (f"{' '.join(FILES)} --check --methods ulrl", "--methods; did you mean '--method'"),
         (f"{' '.join(FILES)} --check --mean 0.5 0.5", "--mean and --std take three numbers each"),

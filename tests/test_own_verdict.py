@@ -140,6 +140,7 @@ def test_a_known_trigger_is_evaluated(
     for wrong, words in (
         ({"trigger": stamp}, "belong together"),
         ({"trigger": stamp, "target": 10}, "target 10 is none"),
+        ({"trigger": stamp, "target": stamp}, "target is of the type function"),
         ({"trigger": lambda x: x[:, :, 1:], "target": 7}, "must keep the shape"),
     ):
         with pytest.raises(UserError, match=words):

@@ -142,7 +142,7 @@ def test_what_fails_in_the_users_function_is_not_taken_for_an_answer(digits: tup
         ({"images": torch.zeros(5, 8, 8)}, "N, C, H, W"),
         ({"classes": [1, 7]}, "give three or more"),
         ({"classes": [1, 7, 10]}, "each from 0 to 9"),
-        ({"queries": 100}, "--queries 100 are spent before the first step"),
+        ({"queries": 100}, "queries: 100 are spent before the first step"),
         ({"querries": 100}, "did you mean 'queries'"),
         ({"ask": lambda x: torch.zeros(len(x), 4)}, "answered by torch.float32 of shape"),
         ({"ask": lambda x: torch.zeros(len(x))}, "must be whole labels"),

@@ -28,6 +28,10 @@ def purify(argv: Sequence[str]) -> None:
     options = declared("ulrl.own_files", "PurifyRun")
     name = flags.named_by("method", argv, options.method)
     schema = Schema(options, flags.method("defense", name))
+    of_ulrl = Schema(flags.method("defense", "ulrl")).fields.keys() - schema.fields.keys()
+    for word in argv:
+        if word.startswith("--") and (flag := word[2:].split("=")[0]) in of_ulrl:
+            raise UserError(f"--{flag} is an option of ulrl and not of {name}; add --method ulrl, or leave it out")
     given = schema.flags(argv, "ulrl purify", about("ulrl.own_files"))
     for flag in ("model", "weights", "images", *(() if given.get("check") else ("out",))):
         if not given.get(flag):
@@ -67,7 +71,7 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
     """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
     from ulrl import own_files
     from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN
-    from ulrl.own_model.suspecting import NEAR
+    from ulrl.own_model.suspecting import FAR_ABOVE, NEAR, NEAR_ENOUGH
     from ulrl.report.tables import suspicion_table
 
     try:
@@ -87,8 +91,8 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
         raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
     log.info(
-        "flagged: a z above %g; near: a reach below %g; docs/verdicts.md says what that is worth, and what to do",
-        found.report["options"]["z_threshold"], NEAR,
+        "flagged: a z above %g; near: a reach below %g, or below %g with a z above %g; docs/verdicts.md says what that "
+        "is worth, and what to do", found.report["options"]["z_threshold"], NEAR, NEAR_ENOUGH, FAR_ABOVE,
     )  # fmt: skip
     if run.check:
         sys.exit({NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}[found.verdict])

@@ -134,8 +134,8 @@ class B3D(Costed):
         asked = Asked(ask, num_classes, eval_batch(device))
         if self.queries < count * self.draws * size:
             raise UserError(
-                f"--queries {self.queries} are spent before the first step, which takes {self.draws} draws of {size} "
-                f"images for each of {count} classes; raise it, or lower --draws or --batch_size"
+                f"queries: {self.queries} are spent before the first step, which takes {self.draws} draws of {size} "
+                f"images for each of {count} classes; raise it, or lower draws or batch_size"
             )
         targets, stream = torch.tensor(classes, device=device), generator(self.random_seed, "evolve", device)
         masks = torch.zeros(count, 1, height, width, device=device)

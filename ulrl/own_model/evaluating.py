@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,10 @@ def evaluate(
     """
     if (trigger is None) != (target is None):
         raise UserError("trigger and target belong together: give both, or neither for accuracy alone")
+    try:
+        target = target if target is None else operator.index(target)
+    except TypeError:
+        raise UserError(f"target is of the type {type(target).__name__}; give the number of a class") from None
     given = prepare(model, images, labels, device=device, trains=False)
     say(given.notes)
     clean = given.clean

@@ -253,7 +253,10 @@ def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device
         raise UserError("the model has no parameters, so there is nothing to repair")
     if wanted is None:
         return tensor.device
-    return pick_device(str(wanted))
+    try:
+        return pick_device(str(wanted))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--")) from None
 
 
 def head_size(model: nn.Module, x: torch.Tensor) -> int:
