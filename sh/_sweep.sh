@@ -1,5 +1,6 @@
 # What the sweep_*.sh share: their options, each also an environment variable. To be sourced.
 set -euo pipefail
+[[ ${ULRL_HOME:-/} == /* ]] || ULRL_HOME=$PWD/$ULRL_HOME # before the cd, it is relative to where the user is
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ATTACKS=${ATTACKS:-badnet blended sig wanet}
@@ -8,13 +9,17 @@ MODEL=${MODEL:-preactresnet18}
 WIDTH=${WIDTH:-16}
 PRATIO=${PRATIO:-0.1}
 TARGETS=${TARGETS:-0}
-DEFENSES=${DEFENSES:-ulrl rnp tsbd fst ft ft-sam fp anp nad i-bau sau npd nc clp bnp}
+DEFENSES=${DEFENSES:-harden ulrl rnp tsbd fst ft ft-sam fp anp nad i-bau sau npd nc clp bnp}
 RATIOS=${RATIOS:-0.1}
 SEEDS=${SEEDS:-0}
 export PATH="$PWD/.venv/bin:$PATH" # as sh/install.sh makes it; else the python that is active
 
 sweep_flags=() # what is not ours is for ulrl.sweep: --jobs 2, --engine ray, --dry_run, --status, --retry_failed, ...
 while (($#)); do
+    if [[ " ${no_effect:-} " == *" $1 "* ]]; then
+        echo "ulrl: $1 would have no effect on sh/${0##*/}; leave it out, or run sh/sweep_defenses.sh" >&2
+        exit 2
+    fi
     case $1 in
         --attacks) ATTACKS=${2:?"--attacks needs a value"} && shift 2 ;;
         --datasets) DATASETS=${2:?"--datasets needs a value"} && shift 2 ;;

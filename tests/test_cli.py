@@ -148,6 +148,17 @@ def test_a_defense_that_is_named_twice_is_compared_once(tiny_home: Path, capsys:
     assert "is there already" not in said.err
 
 
+def test_a_comparison_tells_what_fits_only_its_first_defense_before_that_has_run(
+    tiny_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text("u: 3\nratio: 0.1\n")
+    with pytest.raises(SystemExit) as left:
+        main("compare tiny --defenses clp,ft --yaml_path mine.yaml --device cpu".split())
+    assert left.value.code == 2
+    assert "unknown key 'u'" in capsys.readouterr().err
+    assert not (tiny_home / "record" / "tiny" / "defense").exists()
+
+
 def test_show_says_what_a_record_holds(tiny_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         defense_main("ft", "--result_file tiny --epochs 1 --device cpu --ratio 0.1".split())

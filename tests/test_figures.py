@@ -99,6 +99,10 @@ def test_ranking_marks_the_true_target_wherever_it_is(tmp_path: Path) -> None:
         assert "excess" not in drawing
     plots.neuron_ranking(tmp_path / "a.svg", neurons.assign(excess=0.1), 3.5, (), 2, format="svg")
     assert "excess, points" in (tmp_path / "a.svg").read_text()
+    plots.neuron_ranking(tmp_path / "a.svg", neurons, 3.5, ("shirt", "shoe"), 2, format="svg")
+    drawing = (tmp_path / "a.svg").read_text()
+    assert ">1 shoe<" in drawing
+    assert ">2<" in drawing, "a stranger's table may have more classes than the data set"
 
 
 @pytest.mark.parametrize(("channels", "took", "words"), [

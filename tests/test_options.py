@@ -65,7 +65,8 @@ def flags(*argv: str) -> dict[str, Any]:
 
 def test_options_that_are_piped_in_are_read_whole_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("epochs: 3\n"))
-    assert TOY.yaml(Path("/dev/stdin")) == {"epochs": 3}
+    for _ in ("checked", "taken"):  # a pipe gives it once
+        assert TOY.yaml(Path("/dev/stdin")) == {"epochs": 3}
     monkeypatch.setattr("sys.stdin", io.StringIO(f"epochs: 3\n#{'x' * 300_000}\nlr: 0.5\n"))
     with pytest.raises(UserError, match="/dev/stdin gives more"):
         TOY.yaml(Path("/dev/stdin"))
@@ -169,6 +170,24 @@ def test_an_attacks_file_for_the_data_set_is_over_its_default_and_under_what_is_
         assert (attack.patch_size, attack.pratio, training.epochs) == expected, said
 
 
+def test_the_data_set_and_net_of_an_attacks_named_file_choose_the_training_files(empty_home: Path) -> None:
+    """As its `dataset:` and `model:` win over those files' own."""
+    folder = empty_home / "config/attack/prototype"
+    folder.mkdir(parents=True)
+    (folder / "mnist.yaml").write_text("dataset: mnist\nmodel: vgg19\nwidth: 5\nepochs: 4\n")
+    (folder / "vit_tiny.yaml").write_text("lr: 0.003\n")
+    file = empty_home / "theirs.yaml"
+    for text, said, expected in (
+        ("dataset: mnist", {}, ("mnist", "vgg19", 5, 4, 0.01)),
+        ("dataset: mnist\nmodel: vit_tiny", {}, ("mnist", "vit_tiny", None, 4, 0.003)),
+        ("dataset: cifar10\nmodel: vgg19", {"dataset": "mnist", "model": "vit_tiny"},
+         ("mnist", "vit_tiny", None, 4, 0.003)),
+    ):  # fmt: skip
+        file.write_text(text)
+        _, run, training = configure_attack("badnet", {"bd_yaml_path": str(file), **said}, AttackRun, quiet=True)
+        assert (run.dataset, run.model, run.width, training.epochs, training.lr) == expected
+
+
 def test_shipped_files_go_by_name_and_the_users_own_file_wins(
     empty_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +202,9 @@ def test_shipped_files_go_by_name_and_the_users_own_file_wins(
     assert options_file("config/defense/ulrl/cifar10.yaml") == own
     for named, hint in (("defense/ulrl/cifar11", "cifar10"), ("../defense/ulrl/cifar10", ""), ("/sweep/quick", "")):
         with pytest.raises(UserError, match=f"{named}.*{hint}.*ulrl list configs"):
+            options_file(named)
+    for named in (".", "./", "..", "/"):
+        with pytest.raises(UserError, match=f"^{named} is a folder; name an options file in it"):
             options_file(named)
 
 
@@ -248,7 +270,7 @@ def test_none_can_be_written_for_what_may_be_none(from_yaml: Callable[[str], dic
 
 def test_keys_of_backdoorbench_are_accepted_and_reported(from_yaml: Callable[[str], dict[str, Any]]) -> None:
     keys = sorted(IGNORED)
-    assert {"num_workers", "pin_memory", "non_blocking", "prefetch", "frequency_save"} <= set(keys)
+    assert {"num_workers", "pin_memory", "non_blocking", "prefetch", "frequency_save", "steplr_stepsize"} <= set(keys)
     given_yaml = from_yaml("".join(f"{key}: 4\n" for key in keys))
     given_flags = flags(*(word for key in keys for word in (f"--{key}", "4")), "--epochs", "9", "--prefetch")
     for layer in (given_yaml, given_flags):
@@ -256,6 +278,8 @@ def test_keys_of_backdoorbench_are_accepted_and_reported(from_yaml: Callable[[st
         assert ignored == keys
         assert not set(merged.values) & IGNORED
     assert given_flags["epochs"] == 9
+    short = flags("-n", "4", "-pm", "True", "-nb", "-pf", "False", "--epochs", "9")
+    assert short == {"num_workers": "4", "pin_memory": "True", "non_blocking": None, "prefetch": "False", "epochs": 9}
 
 
 # What is refused

@@ -184,6 +184,18 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
     assert browser.complaints() == []
 
 
+def test_a_backdoor_that_did_not_take_is_averaged_with_none_that_did(browser: Browser, tmp_path: Path) -> None:
+    for seed, (asr, took) in enumerate(((0.0, False), (0.4, True), (0.6, True))):
+        write_record(tmp_path / "record" / f"r{seed}", "badnet", {"ulrl": {"asr": asr}}, seed=seed, took=took)
+    browser.start(report(tmp_path / "record", tmp_path / "report.html"))
+    assert browser.texts("#heat tbody th") == ["badnet", "badnetdid not take"]
+    assert [text[:4] for text in browser.texts('#heat a[aria-label^="ulrl on badnet"]')] == ["50.0", "0.08"]
+    assert browser.texts("#panels figcaption") == ["badnet", "badnetdid not take"]
+    points = [str(e.get_attribute("aria-label")) for e in browser.all("#panels a[data-method=ulrl]")]
+    assert [label.split(", ")[1] for label in points] == ["ASR 50.00 %", "ASR 0.00 %"]
+    assert browser.complaints() == []
+
+
 def test_headline_names_all_that_are_level(browser: Browser, tmp_path: Path) -> None:
     for seed in range(2):
         runs = {
@@ -236,7 +248,7 @@ def test_a_point_leads_to_its_run(browser: Browser, page: Path) -> None:
     assert section.get_attribute("id") in browser.driver.current_url
     for word in ("RESULT", "TRIGGER", "NEURON RANKING", "CURVES", "OPTIONS", "ENVIRONMENT", "TO REPEAT IT"):
         assert word in section.text
-    assert "ulrl defense ulrl --ratio 0.01 --result_file one" in section.text
+    assert "ulrl defense ulrl --ratio 0.01 --index none --result_file one" in section.text
     assert "test ASR" in section.text
     assert "0, true target" in section.text
     picture = section.find_element(By.TAG_NAME, "img")

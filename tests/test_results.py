@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import shlex
 import statistics
 from dataclasses import replace
@@ -20,14 +21,15 @@ from manners import refused
 from rich.console import Console
 
 from ulrl.cli import main
-from ulrl.configure import DefenseRun, options_of
+from ulrl.cli.flags import attack_flags
+from ulrl.configure import AttackRun, DefenseRun, configure_attack, configure_defense, options_of
 from ulrl.defenses.base import DEFENSES
 from ulrl.options import Schema
 from ulrl.report.frame import frame_of, frame_of_runs, select
 from ulrl.report.page import repeat_command
 from ulrl.report.pooling import best_of, in_order, notes_of, summarise
 from ulrl.report.results import find_runs
-from ulrl.report.tables import summary_cells, summary_latex, summary_markdown, summary_table
+from ulrl.report.tables import comparison_table, summary_cells, summary_latex, summary_markdown, summary_table
 
 
 @pytest.fixture
@@ -245,6 +247,26 @@ def test_what_only_finds_is_not_ranked_among_repairs(tmp_path: Path, capsys: pyt
     assert "not ranked" not in printed
 
 
+def test_what_was_run_on_is_not_called_a_finder_for_the_sake_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    finder = result(method="b3d", repairs=False)
+    Console(width=120).print(comparison_table("one", [finder, result()], 0))
+    rows = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"no defense", "b3d (finds only)", "ulrl"} <= set(rows)
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "markdown", "latex"])
+def test_attacks_alone_have_no_mean_of_repairs(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(tmp_path / "record" / "one", "badnet", {})
+    also = ["--format", format, "--export", str(tmp_path / "all.csv")]
+    with pytest.raises(SystemExit) as left:
+        main(["results", str(tmp_path / "record"), "--by", "dataset", *also])
+    said = capsys.readouterr()
+    assert (left.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert "--by dataset" in said.err
+    assert "add defense" in said.err
+    assert not (tmp_path / "all.csv").exists()
+
+
 def test_without_defense_only_defended_runs_are_averaged(study: Path) -> None:
     summary = summarise(frame_of_runs(find_runs(study)[0]), "attack").set_index("attack")
     assert summary.n.to_dict() == {"badnet": 5, "prototype": 1}
@@ -300,6 +322,16 @@ def test_export(name: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(frame) == 9
     assert frame.acc[str(study / "one" / "defense" / "ulrl_2")] == 0.92
     assert json.loads(frame.options.iloc[0]) == {"pratio": 0.0}
+
+
+@pytest.mark.parametrize("name", ["all.parquet", "all.csv"])
+def test_export_of_a_folder_whose_name_is_no_utf_8(
+    name: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / "one").rename(study / os.fsdecode(b"one\xff"))
+    say(capsys, "results", str(study), "--export", str(tmp_path / name))
+    frame = pd.read_parquet(tmp_path / name) if "parquet" in name else pd.read_csv(tmp_path / name, index_col="folder")
+    assert frame.acc[f"{study / 'one'}\\udcff/defense/ulrl_2"] == 0.92
 
 
 @pytest.mark.parametrize(
@@ -402,3 +434,34 @@ def test_the_command_to_repeat_a_run_has_its_options(name: str) -> None:
     again = schema.merge(("flag", schema.flags(flags, "", "")))[0]
     assert again.build(type(defense)) == defense
     assert again.build(DefenseRun) == replace(run, result_file="my record")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("badnet", {"dataset": "digits", "width": None}),
+        ("tact", {"dataset": "digits", "cover_classes": (), "save_folder_name": "-a b"}),
+        ("sig", {"dataset": "fashion_mnist", "p_num": 7}),
+    ],
+)
+def test_the_command_to_repeat_an_attack_says_what_is_none(name: str, given: dict[str, Any], empty_home: Path) -> None:
+    """Or an options file fills it in: the digits' has a width, TaCT's has classes of covers."""
+    made = configure_attack(name, given, AttackRun, quiet=True)
+    options = json.loads(json.dumps(options_of(*made)))
+    _, kind, method, *flags = shlex.split(repeat_command(result("attack", method=name, options=options)))
+    assert (kind, method) == ("attack", name)
+    assert configure_attack(name, attack_flags(name, flags, "AttackRun", ""), AttackRun, quiet=True) == made
+
+
+def test_the_command_to_repeat_a_defense_says_what_is_none(empty_home: Path) -> None:
+    own = empty_home / "config" / "defense" / "ulrl" / "digits.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("steplr_milestones: [3]\nindex: mine.txt\nlinear_name: head\n")
+    given = {"steplr_milestones": (), "index": None, "linear_name": None}
+    defense, run = configure_defense("ulrl", given, "digits", "preactresnet18", quiet=True)
+    options = json.loads(json.dumps(options_of(defense, run)))
+    _, _, _, *flags = shlex.split(repeat_command(result(options=options)))
+    again = Schema(DefenseRun, type(defense)).flags(flags, "", "")
+    assert configure_defense("ulrl", again, "digits", "preactresnet18", quiet=True) == (
+        defense, replace(run, result_file="one"),
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -175,10 +176,20 @@ def test_another_folder_of_images_is_another_record(empty_home: Path) -> None:
         ("attacks: {attack: badnet, dataset: digits, overrides: [{attack: sig}]}", ("overrides", "where")),
         ("attacks: {attack: badnet, dataset: digits}\ndefenses: {defense: ft, model: vgg}", ("model", "record's")),
         ("attacks: {attack: badnet, dataset: digits}\ndefenses: {ratio: 0.1}", ("defense", "missing")),
+        (
+            "attacks: {attack: badnet, dataset: digits, seeds: 2}\ndefenses: {defense: ft, exclude: [{seeds: 1}]}",
+            ("'random_seed'", "exclude of defenses"),
+        ),
     ],
 )
 def test_a_bad_file_is_one_clear_line(text: str, words: tuple[str, ...], empty_home: Path) -> None:
     refused(lambda: read_sweep(written(text)), "sweep.yaml: ", *words)
+
+
+def test_seeds_in_a_rule_for_defenses_are_their_own(empty_home: Path) -> None:
+    attacks = "attacks: {attack: badnet, dataset: digits, seeds: 2}"
+    jobs = read_sweep(written(f"{attacks}\ndefenses: {{defense: ft, seeds: 2, exclude: [{{seeds: 1}}]}}"))
+    assert [job.run.random_seed for job in jobs if isinstance(job, grid.DefenseJob)] == [0, 0]
 
 
 def test_the_files_that_come_with_ulrl(empty_home: Path) -> None:
@@ -278,6 +289,55 @@ def test_status_tells_who_runs_what_and_the_time_left(shared_home: Path) -> None
     assert said[-1] == "about 3 min left with 1 at once"
 
 
+def test_the_time_left_goes_by_how_many_run_at_once_and_leaves_out_what_is_skipped(
+    empty_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an attack that has failed before, a defense of which no like is done is never begun."""
+
+    class TwoAtOnce:
+        def __init__(self) -> None:
+            self.jobs: list[Job] = []
+
+        @property
+        def running(self) -> int:
+            return len(self.jobs)
+
+        def fits(self, job: Job) -> bool:
+            return self.running < 2
+
+        def start(self, job: Job) -> None:
+            self.jobs.append(job)
+
+        def finished(self, timeout: float) -> list[tuple[Job, str]]:
+            job = self.jobs.pop(0)
+            job.folder.mkdir(parents=True)
+            (job.folder / "result.json").write_text('{"seconds": {"total": 40}}')
+            return [(job, "")]
+
+        def close(self) -> None: ...
+
+    jobs = [command(name, "") for name in ("bad", "a", "b", "c", "d")] + [command("bad/defense/d", "", "bad")]
+    jobs[0].folder.mkdir(parents=True)
+    (jobs[0].folder / "failed.log").write_text("so it goes\n")
+    with caplog.at_level(logging.INFO):
+        states = run_jobs(jobs, TwoAtOnce())
+    assert [s.value for s in states.values()] == ["failed", "done", "done", "done", "done", "skipped"]
+    told = [line.split("; ")[1:] for line in caplog.messages if "] done record/" in line]
+    assert told == [["about 60 s left"], ["about 40 s left"], ["about 20 s left"], []]
+
+    jobs.append(command("e", ""))
+    assert status(jobs)[0] == "7 runs: 1 queued, 4 done, 1 failed, 1 skipped"
+    assert status(jobs)[-1] == "about 40 s left with 1 at once"
+
+
+def test_a_failure_that_another_sweep_forgot_ends_none(shared_home: Path, engine: LocalEngine) -> None:
+    job = command("bad", "false")
+    states = run_jobs([job], engine)
+    assert "status 1" in reason(job)
+    retry(job)  # of another, just now
+    assert "another sweep does it again" in scheduler._summary([job], states)[1]
+
+
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -352,6 +412,27 @@ def test_a_script_takes_flags_and_variables(empty_home: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.count("/defense/ulrl_r0.2_s0_") for line in lines] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert all("_s1_" in line for line in (lines[1], lines[3], lines[5], lines[7]))
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), [("attacks", "--defenses"), ("attacks", "--ratios"), ("ulrl", "--defenses")]
+)
+def test_a_script_refuses_what_it_would_swallow(script: str, flag: str) -> None:
+    given = ["bash", ROOT / "sh" / f"sweep_{script}.sh", "--dry_run", flag, "ft"]
+    done = subprocess.run(given, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"{flag} would have no effect" in done.stderr
+
+
+def test_a_script_takes_ulrl_home_from_where_the_user_is(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()  # which is refused, with its whole path
+    done = subprocess.run(
+        ["bash", ROOT / "sh" / "sweep_attacks.sh", "--attacks", "badnet", "--dry_run"], cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ULRL_HOME": "mine"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert f"ULRL_HOME is {tmp_path / 'mine'}, which is no folder" in done.stderr
 
 
 def test_sweep_without_a_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,22 +210,22 @@ DEFENSE_ONLY = {
 
 def attack_layers(schema: Schema, name: str, flags: Mapping[str, Any]) -> list[Layer]:
     """What an attack's options files say: of the training, then of the attack, and over that of the attack on that
-    data set; `flags` may name others in place of either pair.
+    data set; `flags` may name others in place of either pair. The data set and the net are those of `flags`, else of
+    the attack's named file, which wins over those of the training.
 
     Raises:
         UserError: a file that cannot be used, or a name that would have no effect.
     """
-    named = flags.get("yaml_path") is not None
+    named, own = flags.get("yaml_path") is not None, [yaml_layer(schema, flags.get("bd_yaml_path"))]
+    said = {**own[0][1], **flags}
     if named:
         training = [yaml_layer(schema, flags["yaml_path"])]
     else:
-        usual = flags.get("dataset", PreviewRun.dataset)
-        training = _usual_layers(schema, "attack/prototype", usual, flags.get("model"))
-    if flags.get("bd_yaml_path") is not None:
-        own = [yaml_layer(schema, flags["bd_yaml_path"])]
-    else:
-        said = (flags, *(values for _, values in reversed(training)))
-        dataset = next((v["dataset"] for v in said if "dataset" in v), PreviewRun.dataset)
+        usual = said.get("dataset", PreviewRun.dataset)
+        training = _usual_layers(schema, "attack/prototype", usual, said.get("model"))
+    if flags.get("bd_yaml_path") is None:
+        layers = (flags, *(values for _, values in reversed(training)))
+        dataset = next((v["dataset"] for v in layers if "dataset" in v), PreviewRun.dataset)
         own = [_usual_layer(schema, f"attack/{name}", "default")]
         if name != "prototype":  # whose files are those of the training
             own.append(_usual_layer(schema, f"attack/{name}", dataset))

@@ -29,9 +29,10 @@ T = TypeVar("T")
 IGNORED = frozenset(
     "num_workers pin_memory non_blocking prefetch frequency_save git_hash checkpoint_load "
     "checkpoint_save log attack num_classes input_height input_width input_channel "
-    "poison_rate target_type target_label trigger_type".split()
+    "poison_rate target_type target_label trigger_type steplr_stepsize".split()
 )
-
+# The short flags that BackdoorBench has for some of them.
+SHORT = {"num_workers": ["-n"], "pin_memory": ["-pm"], "non_blocking": ["-nb"], "prefetch": ["-pf"]}
 
 LARGEST = {int: 2**63 - 1, float: 3e38}  # that torch takes
 
@@ -104,7 +105,7 @@ class Schema:
                 shape |= {"nargs": "+"}
             parser.add_argument(f"--{name}", **shape)
         for name in sorted(self.ignored - set(self.fields)):
-            parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
+            parser.add_argument(*SHORT.get(name, ()), f"--{name}", nargs="?", help=argparse.SUPPRESS)
         given, unknown = parser.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]

@@ -28,7 +28,7 @@ def options_file(given: str) -> Path:
     own = find_input(given)
     if os.path.exists(own) and not os.path.isdir(own):  # a pipe is told of by who reads it
         return own
-    parts = PurePath(given).with_suffix("" if given.endswith(".yaml") else PurePath(given).suffix).parts
+    parts = PurePath(given.removesuffix(".yaml")).parts
     name, shipped = "/".join(parts[1:] if parts[:1] == ("config",) else parts), shipped_files()
     if name not in shipped:
         if os.path.isdir(own):

@@ -109,13 +109,14 @@ def compare(argv: Sequence[str]) -> None:
     from ulrl.runs.defending import run_once
 
     record, results, found = load_record(folder), [], 0
-    for seed in range(comparison.seeds):
-        for name in names:
-            defense, _, run = _on(record, name, {**shared, "random_seed": seed})
-            run = replace(run, save_folder_name=f"{name}_{run.ratio:g}_seed{seed}")
-            folder, now = run_once(defense, record, run, draw=_draw)
-            results.append(check_result(folder / "result.json"))
-            found += not now
+    seeds = range(comparison.seeds)
+    # Before the first runs, as an option may fit it and not the last.
+    runs = [_on(record, name, {**shared, "random_seed": seed}) for seed in seeds for name in names]
+    for defense, _, run in runs:
+        run = replace(run, save_folder_name=f"{defense.name}_{run.ratio:g}_seed{run.random_seed}")
+        folder, now = run_once(defense, record, run, draw=_draw)
+        results.append(check_result(folder / "result.json"))
+        found += not now
     print_table(comparison_table(record.name, results, found))
 
 

@@ -48,7 +48,11 @@ class ResultsOptions:
 
 
 def results(argv: Sequence[str]) -> None:
-    """The summary of finished runs. As CSV it holds fractions and counts; elsewhere it is for reading."""
+    """The summary of finished runs. As CSV it holds fractions and counts; elsewhere it is for reading.
+
+    Raises:
+        UserError: no runs, or none that --by leaves anything of.
+    """
     root, argv = _folder(argv)
     options = plain_options(ResultsOptions, argv, "ulrl results [FOLDER]", "Collect what runs came to.")
     _check_folder(root)
@@ -60,6 +64,8 @@ def results(argv: Sequence[str]) -> None:
 
     frame = _runs_below(root, options.where)
     summary = in_order(summarise(frame, options.by))
+    if summary.empty:  # attacks are no repairs
+        raise UserError(f"--by {options.by} averages repairs alone, and none is below {root}; add defense to it")
     if options.export:
         export_frame(frame, Path(options.export))
     match options.format:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ulrl.errors import UserError, csv_cell
+from ulrl.errors import UserError, csv_cell, printable
 from ulrl.files import whole_file
 from ulrl.metrics import took
 from ulrl.registry import nearest
@@ -147,7 +147,7 @@ def export_frame(frame: pd.DataFrame, path: Path) -> None:
         if path.suffix == ".csv":
             harmless_cells(frame).to_csv(partial)
         else:
-            frame.to_parquet(partial)
+            frame.rename(index=printable).to_parquet(partial)  # a folder's name may be no UTF-8
 
 
 def _settings(options: Mapping[str, Any], record: bool = False) -> str:

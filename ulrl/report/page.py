@@ -49,6 +49,7 @@ SCRIPTS = ("base.js", "pooling.js", "board.js", "pictures.js", "runs.js", "start
 PREVIEW_WIDTH, THUMBNAIL_WIDTH = 700, 144  # pixels
 EPOCHS_SHOWN = 60  # of a run's curves; more are thinned out evenly
 CURVES = ("loss", "acc", "test_acc", "test_asr", "test_ra")
+BY_ITSELF = ("save_folder_name", "dataset", "model")  # what a run finds by itself where it is None
 
 
 def write_report(root: Path, out: Path) -> int:
@@ -118,16 +119,17 @@ def _name(run: Run, root: Path) -> str:
 
 
 def repeat_command(result: dict[str, Any]) -> str:
-    """What to type to run it again, with every option spelled out."""
+    """What to type to run it again, with every option spelled out, also what is none: a file may say otherwise."""
     defense = result["kind"] == "defense"
     given = {"result_file": result["record"]} if defense else {}
     words = ["ulrl", result["kind"], result["method"]]
     for name, value in {**result["options"], **given}.items():
-        if value is None or value in ("", []) or name in ("yaml_path", "bd_yaml_path", "overwrite"):
+        if value == "" or name in ("yaml_path", "bd_yaml_path", "overwrite") or (value is None and name in BY_ITSELF):
             continue  # what the files said is among the options
         if isinstance(value, list):
-            value = ",".join(map(str, value))
-        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+            value = ",".join(map(str, value)) or "none"
+        text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)
 
 

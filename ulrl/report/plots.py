@@ -100,7 +100,7 @@ def neuron_ranking(
     """
     signed = signed_z(neurons)
     order = highest(signed, target, 15 if paper else 40)
-    named = [f"{k} {class_names[k]}" if class_names else str(k) for k in order]
+    named = [f"{k} {class_names[k]}" if 0 <= k < len(class_names) else str(k) for k in order]
     panels = {"robust z of the weight change": signed}
     if "excess" in neurons:
         panels["excess, points"] = 100 * neurons.excess

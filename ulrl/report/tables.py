@@ -120,8 +120,9 @@ def comparison_table(record: str, results: list[dict[str, Any]], found: int) -> 
     """
     runs = frame_of(results)
     before = runs.iloc[:1].assign(
-        kind="attack", defense=NO_DEFENSE, settings="", der=math.nan, seconds=math.nan, **results[0]["before"]
-    )
+        kind="attack", defense=NO_DEFENSE, settings="", repairs=True, der=math.nan, seconds=math.nan,
+        **results[0]["before"],
+    )  # fmt: skip
     summary = summarise(pd.concat([before, runs])[list(runs.columns)], "defense")
     table = summary_table(summary, f"defenses on {record}")
     if found:

@@ -93,7 +93,8 @@ def _jobs(content: Mapping[Any, Any]) -> list[Job]:
     attacks = _section(content.get("attacks"), "attacks", ("attack", "dataset"))
     defenses = None
     if "defenses" in content:
-        defenses = _section(content["defenses"], "defenses", ("defense",), (*attacks.axes, "model"))
+        beside = [key for key in attacks.axes if key != "random_seed"]  # which the defenses have of their own
+        defenses = _section(content["defenses"], "defenses", ("defense",), (*beside, "model"))
     count = len(attacks) * (1 + len(defenses) if defenses else 1)
     if count > MOST:
         raise UserError(f"its lists make {count} runs, more than the {MOST} that a sweep may have; divide it")
@@ -102,8 +103,7 @@ def _jobs(content: Mapping[Any, Any]) -> list[Job]:
         record = _attack_job(options)
         jobs.setdefault(record.name, record)
         if defenses:
-            beside = {**{k: v for k, v in cell.items() if k != "random_seed"}, "model": record.run.model}
-            for _, given in defenses.cells(beside):
+            for _, given in defenses.cells({**{k: cell[k] for k in beside}, "model": record.run.model}):
                 job = _defense_job(record, given)
                 jobs.setdefault(job.name, job)
     return sorted(jobs.values(), key=lambda job: job.needs is not None)  # as sorting is stable, else as they come

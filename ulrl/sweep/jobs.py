@@ -210,9 +210,12 @@ def retry(job: Job) -> None:
 
 def reason(job: Job) -> str:
     """Why a job failed: the last line of its log."""
-    with opened(job.folder / FAILED_LOG, 1 << 40) as log:
-        log.seek(max(0, os.fstat(log.fileno()).st_size - 65536))
-        lines = log.read(65536).decode(errors="replace").split("\n")
+    try:
+        with opened(job.folder / FAILED_LOG, 1 << 40) as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 65536))
+            lines = log.read(65536).decode(errors="replace").split("\n")
+    except UserError as error:  # as after another sweep's --retry_failed
+        return str(error) if job.failed() else "its log is gone, as another sweep does it again"
     return one_line(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
 
 

@@ -92,7 +92,7 @@ def run_jobs(jobs: Sequence[Job], engine: Engine) -> dict[str, State]:
     Each is DONE, FAILED or SKIPPED then. One that another sweep is doing is waited for.
     """
     states = {job.name: state(job) for job in jobs}
-    clock, board, others = Clock(jobs, states), Board(jobs, states), Others()
+    board, clock, others = Board(jobs, states), Clock(jobs, states), Others()  # the clock sees what the board skips
     log.info("%s", _counts(states))
     ours = 0  # in the engine's hands
     while board.left:
@@ -100,7 +100,7 @@ def run_jobs(jobs: Sequence[Job], engine: Engine) -> dict[str, State]:
             while queue and engine.fits(queue[0]):
                 engine.start(board.taken(queue.popleft()))
                 ours += 1
-        ended = engine.finished(POLL)
+        abreast, ended = max(1, engine.running), engine.finished(POLL)
         ours -= len(ended)
         for job, cause in ended:
             if cause:
@@ -112,7 +112,7 @@ def run_jobs(jobs: Sequence[Job], engine: Engine) -> dict[str, State]:
             skipped = board.look(job)
             if states[job.name] in (State.DONE, State.FAILED):
                 clock.ended(job)
-                log.info("%s", _progress(job, board, clock, max(1, engine.running)))
+                log.info("%s", _progress(job, board, clock, abreast))
             for other in skipped:
                 clock.skipped(other)
     return states
@@ -230,7 +230,7 @@ class Clock:
 
 def status(jobs: Sequence[Job]) -> list[str]:
     """Lines that say how far a sweep is, whoever is doing it."""
-    states = {job.name: state(job) for job in jobs}
+    states = Board(jobs, {job.name: state(job) for job in jobs}).states  # which knows what is skipped
     lines = [_counts(states)]
     for job in jobs:
         if states[job.name] is State.RUNNING:

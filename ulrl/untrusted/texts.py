@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
@@ -61,7 +62,7 @@ def read_yaml(file: Path) -> dict[Any, Any]:
         UserError: no such file, not YAML, empty, not a mapping; a key that is there twice; anchors.
     """
     if file == STDIN:  # what the user's own shell pipes in
-        text = sys.stdin.read(YAML + 1)
+        text = _piped(sys.stdin)
         if len(text) > YAML:
             raise UserError(f"{file} gives more than the {YAML} characters that are read; is it another file?")
     else:
@@ -75,6 +76,12 @@ def read_yaml(file: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a mapping of option: value lines")
     return content
+
+
+@functools.lru_cache(1)
+def _piped(stdin: TextIO) -> str:
+    """What a pipe gives, and gives once: to who checks the options, and again to who takes them."""
+    return stdin.read(YAML + 1)
 
 
 def read_json(file: str | os.PathLike[str], inside: Path | None = None) -> Any:

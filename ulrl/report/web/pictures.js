@@ -1,5 +1,6 @@
 // Pictures of all runs: a panel for each kind of record, and the heat map.
-const cellsOf = () => group(shown().filter((row) => !row.oracle), (row) => row.group);
+const cellKey = (row) => JSON.stringify([row.group, dud(row)]); // a backdoor that did not take is averaged with none that did
+const cellsOf = () => group(shown().filter((row) => !row.oracle), cellKey);
 const kindsInOrder = (cells) => [...cells.values()].map((runs) => runs[0]).sort((a, b) => dud(a) - dud(b) || order(a.attack, b.attack) || order(about(a), about(b)));
 const linesOf = (runs) => [...group(runs, lineName).values()].map(summary);
 const thumbnail = (row) => thumbnails[row.record_id] && h("img", { class: "thumbnail", src: thumbnails[row.record_id], alt: `Trigger of ${row.record}`, loading: "lazy" });
@@ -7,7 +8,7 @@ const tell = (line) => `${lineName(line)} on ${text(line.attack)}: ACC ${number(
 
 function panels() {
   const cells = cellsOf();
-  const found = kindsInOrder(cells).map((kind) => [kind, linesOf(cells.get(kind.group)).filter((line) => line.asr != null && line.acc != null)]).filter(([, lines]) => lines.length);
+  const found = kindsInOrder(cells).map((kind) => [kind, linesOf(cells.get(cellKey(kind))).filter((line) => line.asr != null && line.acc != null)]).filter(([, lines]) => lines.length);
   byId("panels-section").hidden = !found.length;
   if (!found.length) return;
   // One ruined model must not press all others together at the top: what is lower stands on the edge, hollow.
@@ -66,7 +67,7 @@ function heat() {
   const head = h("tr", {}, h("th", {}), columns.map((line) => h("th", { scope: "col" }, h("span", {}, h("span", { class: "name" }, lineName(line)), glyph(line)))));
   const [visible, more] = some("rows", found, FIRST_LINES, heat);
   const body = visible.map((kind) => {
-    const own = new Map(linesOf(cells.get(kind.group)).map((line) => [lineName(line), line]));
+    const own = new Map(linesOf(cells.get(cellKey(kind))).map((line) => [lineName(line), line]));
     const name = h("th", { scope: "row" }, h("span", { class: "kind" }, thumbnail(kind), h("span", {}, text(kind.attack), about(kind) ? h("small", {}, about(kind)) : "", dud(kind) ? dudBadge() : "")));
     return h("tr", {}, name, columns.map((column) => heatCell(own.get(lineName(column)), metric, title)));
   });
