@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import itertools
@@ -36,6 +37,7 @@ from ulrl.untrusted.opening import MIB, opened
 from ulrl.untrusted.texts import read_yaml
 
 SHORT_NAMES = {"target": "attack_target", "seeds": "random_seed"}
+WORDS = (*SHORT_NAMES, "overrides", "exclude")  # of a section, besides options
 OURS = ("save_folder_name", "overwrite", "result_file")  # options that a sweep decides
 # What does not change a result, and so is no part of a job's name.
 WHERE = {*OURS, "device", "dataset_path", "yaml_path", "bd_yaml_path"}
@@ -112,6 +114,9 @@ def _jobs(content: Mapping[Any, Any]) -> list[Job]:
 def _section(content: Any, where: str, required: Sequence[str], beside: Sequence[str] = ()) -> Section:
     if not isinstance(content, dict):
         raise UserError(f"{where} must be a section with a mapping of option: value or option: [values]")
+    for key in map(str, content):  # which as options would be told by their long names alone
+        if key not in WORDS and (close := difflib.get_close_matches(key, WORDS, n=1, cutoff=0.8)):
+            raise UserError(f"unknown key {key!r} in {where}; did you mean {close[0]!r}?")
     given = _by_name(content)
     if len(given) < len(content):
         raise UserError(f"{where} names an option twice: target is attack_target, seeds is random_seed")
@@ -124,7 +129,7 @@ def _section(content: Any, where: str, required: Sequence[str], beside: Sequence
     for key in required:
         if key not in axes:
             raise UserError(f"{where}: the key {key} is missing")
-    known = (*axes, *beside)
+    known = tuple(dict.fromkeys((*axes, *beside)))
     if not isinstance(overrides, list) or not all(
         isinstance(o, dict) and set(o) == {"where", "set"} for o in overrides
     ):
