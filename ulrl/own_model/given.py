@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,12 +309,8 @@ def _unused_head(model: nn.Module, x: torch.Tensor, classes: int, named: str | N
         name, head = find_head(model, classes, named)
     except UserError:
         return []  # said by the methods that need one
-    called = []
-    hook = head.register_forward_hook(lambda *_: called.append(True))
-    with torch.no_grad():
-        model(x)
-    hook.remove()
-    if called:
+    gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(model(x).sum(), head.weight, allow_unused=True)
+    if gradients[0] is not None:  # also where its weight is taken, and the layer not called
         return []
     return [f"{name} has an output per class but no part in the answers; name the true head with linear_name, or a "
             "method that edits the head changes nothing"]  # fmt: skip
