@@ -16,13 +16,13 @@ from manners import refused
 from rich.console import Console
 
 from ulrl.attacks.base import ATTACKS
-from ulrl.configure import AttackRun, configure_attack, configure_defense
+from ulrl.configure import AttackRun, PreviewRun, configure_attack, configure_defense
 from ulrl.data.datasets import load_dataset
 from ulrl.record import load_record
 from ulrl.report.pictures import draw
 from ulrl.report.results import Run
 from ulrl.report.tables import comparison_table, record_table, result_table
-from ulrl.runs.attacking import run_attack
+from ulrl.runs.attacking import run_attack, run_preview
 from ulrl.runs.defending import run_defense
 from ulrl.training import TrainOptions
 
@@ -183,6 +183,18 @@ def test_clean_model_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused(lambda: make(quick("lf"), tmp_path, monkeypatch, clean_model="nowhere"), "nowhere")
     make(ATTACKS["badnet"](), tmp_path, monkeypatch, save_folder_name="bad", width=4)
     refused(lambda: make(quick("lf"), tmp_path, monkeypatch, clean_model="bad"), "--clean_model bad", "is not clean")
+
+
+def test_the_preview_of_a_seed_is_one_picture() -> None:
+    """Also where the clean model that its trigger is computed against drops units at random."""
+    run, training = PreviewRun(dataset="digits", model="vgg19_bn", width=8, train_samples=128), TrainOptions(epochs=1)
+    attack = replace(quick("lf"), lf_steps=3)
+    previews = []
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            previews.append(run_preview(attack, run, training, bar=False).poisoned)
+    assert np.array_equal(*previews)
 
 
 def test_lira_saves_the_classifier_of_its_second_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

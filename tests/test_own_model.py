@@ -333,9 +333,16 @@ def test_statistics_that_a_model_keeps_are_kept(
         assert torch.equal(buffer, repaired.get_buffer(name)), name
 
 
+class Keyword(nn.GroupNorm):
+    """Calls itself as who names arguments does."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(input=x)
+
+
 def test_a_group_norm_may_come_first(clean: tuple[torch.Tensor, torch.Tensor]) -> None:
     """On images that lie channels last torch's backward pass of it ends the process."""
-    model = nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    model = nn.Sequential(Keyword(1, 3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                           nn.Linear(8, 10))  # fmt: skip
     images = clean[0].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
     with warnings.catch_warnings():

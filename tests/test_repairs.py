@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 
 from ulrl.data.batches import Batches
 from ulrl.data.datasets import SPECS
-from ulrl.data.imageset import ImageSet
+from ulrl.data.imageset import ImageSet, InputSet
 from ulrl.defenses import otbr
 from ulrl.defenses.base import DEFENSES, Repair
 from ulrl.defenses.bti_dbf import BTIDBF, _Generator
@@ -147,6 +147,19 @@ def test_a_layer_that_takes_no_part_stays(name: str, options: dict[str, int]) ->
     repaired = DEFENSES[name](amp=False, **options).run(model, samples(), Monitor()).model
     assert all(w.isfinite().all() for w in repaired.state_dict().values())
     assert torch.equal(repaired.get_parameter("spare.weight"), torch.ones(8))
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_ft_sams_smoothing_leaves_the_true_class_what_backdoorbenchs_does(classes: int) -> None:
+    """1 - s, and s / (classes - 1) for each other; at a rate of 0 the loss is that of the model as it was."""
+    draw = torch.Generator().manual_seed(2)
+    x, y = torch.rand(16, 1, 8, 8, generator=draw), torch.arange(16) % classes
+    data = InputSet(x, y, replace(SPECS["digits"], num_classes=classes))
+    model, monitor = nn.Sequential(nn.Flatten(), nn.Linear(64, classes)), Monitor()
+    wanted = torch.full((16, classes), 0.3 / (classes - 1)).scatter(1, y[:, None], 0.7)
+    expected = F.cross_entropy(model(x), wanted).item()
+    DEFENSES["ft-sam"](batch_size=16, epochs=1, lr=0.0, label_smoothing=0.3, amp=False).run(model, data, monitor)
+    assert monitor.history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def convolutional() -> nn.Module:

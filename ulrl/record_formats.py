@@ -45,9 +45,8 @@ def load_raw(file: Path, inside: Path) -> Any:
                 raw[split] |= {name: tensors[f"{split}/{name}"].numpy() for name in ARRAYS}
                 container = raw[split]["bd_data_container"]
                 container["data_dict"] = {
-                    index: {"path": path, "other_info": [label, original]}
+                    _index(index): {"path": path, "other_info": [label, original]}
                     for index, path, label, original in container["data_dict"]
-                    if _is_index(index)
                 }
     except Exception as error:  # whatever is made of a stranger's texts
         raise UserError(
@@ -56,14 +55,15 @@ def load_raw(file: Path, inside: Path) -> Any:
     return raw
 
 
-def _is_index(value: Any) -> bool:
-    """
+def _index(value: Any) -> int:
+    """An image's index, as it is.
+
     Raises:
         ValueError: it is none; numbers far larger can be made to collide, and then fill a dictionary for minutes.
     """
     if type(value) is not int or not 0 <= value < 2**40:
         raise ValueError(f"{value!r} is no index of an image")
-    return True
+    return value
 
 
 def save_plain(raw: Mapping[str, Any], file: Path) -> None:

@@ -277,18 +277,21 @@ def fit(
 
 @contextlib.contextmanager
 def channels_first(model: nn.Module) -> Iterator[None]:
-    """GroupNorm is given its images channels first inside the block.
+    """GroupNorm is given its images channels first inside the block, on a CPU.
 
     Where they lie channels last and their gradient is not asked for, as of a first layer or behind frozen ones, its
-    backward pass on a CPU kills the process (torch 2.13).
+    backward pass there kills the process (torch 2.13).
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
-    hooks = [m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for m in layers]
-    try:
+
+    def turned(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(given, named)
+        return (x.contiguous() if x.device.type == "cpu" else x,), {}
+
+    with contextlib.ExitStack() as hooks:
+        for m in model.modules():
+            if isinstance(m, nn.GroupNorm):
+                hooks.enter_context(m.register_forward_pre_hook(turned, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

@@ -32,11 +32,9 @@ class BadNet(Attack):
 
     def check(self, spec: DatasetSpec) -> None:
         super().check(spec)
-        if self._side(spec.height, spec.width) > min(spec.height, spec.width):
-            raise UserError(
-                f"--patch_size {self._side(spec.height, spec.width)} is larger than the {spec.height}x{spec.width} "
-                "images"
-            )
+        side = self._side(spec.height, spec.width)
+        if side > min(spec.height, spec.width):
+            raise UserError(f"--patch_size {side} is larger than the {spec.height}x{spec.width} images")
         if self.patch_mask_path:
             patch = self._patch(torch.empty(1, *_chw(spec)))
             if not patch.any():
