@@ -23,14 +23,14 @@ from ulrl.data.datasets import clean_subset, dataset_spec, load_dataset
 from ulrl.defenses.exposing import Exposing
 from ulrl.files import whole_file
 from ulrl.models import load_model
-from ulrl.record import find_record
+from ulrl.record import load_record
 from ulrl.seeds import global_stream
 from ulrl.training import Monitor, judge
 
 
 def lines(name: str, defenses: list[str], seed: int) -> Iterator[dict[str, Any]]:
     """ACC, ASR and RA of the record's two models before and after each defense."""
-    record = find_record(name)
+    record = load_record(name)
     spec = dataset_spec(record.dataset)
     train, clean_test = load_dataset(record.dataset)
     poisoned = record.poisoned_test(spec)

@@ -22,7 +22,7 @@ from ulrl.data.datasets import clean_subset, load_dataset
 from ulrl.defenses.recover_trigger import Calibrated
 from ulrl.files import whole_file
 from ulrl.models import load_model
-from ulrl.record import find_record
+from ulrl.record import load_record
 from ulrl.report.plots import recovered_triggers
 from ulrl.runs.triggers import TRIGGER_FILE, judge_trigger
 from ulrl.training import Monitor, predict
@@ -46,7 +46,7 @@ def main() -> None:
 
 def exposure(name: str, invert: bool) -> dict[str, dict[str, np.ndarray]]:
     """Print the lines of a record; the triggers that were found, by what found them."""
-    record = find_record(name)
+    record = load_record(name)
     train, test = load_dataset(record.dataset)
     clean = train.subset(clean_subset(len(train), RATIO, 0))
     few = train.subset(clean_subset(len(train), RATIO / 5, 0))

@@ -19,7 +19,7 @@ from ulrl.errors import UserError
 from ulrl.files import home, whole_file
 from ulrl.machine import pick_device
 from ulrl.models import load_model
-from ulrl.record import Record, find_record, load_defense_result
+from ulrl.record import Record, load_defense_result, load_record
 from ulrl.runs.common import write_json
 from ulrl.runs.defending import run_defense
 from ulrl.sweep.jobs import DefenseJob, Job
@@ -36,7 +36,7 @@ class RepairJob(DefenseJob):
     def work(self) -> None:
         assert self.needs is not None
         run = replace(self.run, result_file=self.needs, save_folder_name=self.folder.name, overwrite=True)
-        run_defense(self.defense, find_record(self.needs), run, bar=False)
+        run_defense(self.defense, load_record(self.needs), run, bar=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Bench:
 
     @classmethod
     def of(cls, name: str, device_name: str, dataset_path: str = "./data") -> Bench:
-        record, device = find_record(name), pick_device(device_name)
+        record, device = load_record(name), pick_device(device_name)
         size = record.img_size[:2]
         spec = dataset_spec(record.dataset, dataset_path, size)
         train, test = load_dataset(record.dataset, dataset_path, size)
@@ -90,7 +90,7 @@ class CleanNetsJob(MeasureJob):
     """What clean nets make of the record's triggered images."""
 
     def measure(self, bench: Bench) -> dict[str, Any]:
-        nets = {name: bench.net(find_record(name)) for name in self.clean_nets}
+        nets = {name: bench.net(load_record(name)) for name in self.clean_nets}
         return {
             "nets": [
                 {"net": name, **asdict(judge(net, bench.clean_test, bench.poisoned_test))} for name, net in nets.items()
@@ -104,7 +104,7 @@ class CleanNetsAgainJob(MeasureJob):
 
     def measure(self, bench: Bench) -> dict[str, Any]:
         material, backdoored = Material.of(bench.train, bench.poisoned_test), bench.net()
-        nets = [bench.net(find_record(name)) for name in self.clean_nets]
+        nets = [bench.net(load_record(name)) for name in self.clean_nets]
         # The clean net that the query attack spares is another one, where there is another.
         return {
             "nets": [reactivate(net, backdoored, nets[i - 1], bench.clean_test, material) for i, net in enumerate(nets)]
@@ -140,7 +140,7 @@ class ReactivationJob(MeasureJob):
 
     def measure(self, bench: Bench) -> dict[str, Any]:
         weights = load_defense_result(home() / "record" / self.repaired, bench.record)
-        spared = bench.net(find_record(self.clean_nets[0]))
+        spared = bench.net(load_record(self.clean_nets[0]))
         material = Material.of(bench.train, bench.poisoned_test)
         return {"asr": reactivate(bench.net(weights=weights), bench.net(), spared, bench.clean_test, material)}
 

@@ -47,7 +47,7 @@ from ulrl.errors import UserError
 from ulrl.files import save_torch
 from ulrl.machine import pick_device
 from ulrl.models import load_model
-from ulrl.record import Record, find_record, load_record
+from ulrl.record import Record, load_record
 from ulrl.training import judge
 from ulrl.untrusted.torchfiles import load_torch
 
@@ -145,7 +145,7 @@ def prepare(scratch: Path, args: argparse.Namespace) -> None:
             base, (train.images[:50_000].numpy(), train.labels[:50_000].numpy()),
             (test.images[: args.test_images].numpy(), test.labels[: args.test_images].numpy()),
         )  # fmt: skip
-    victim = find_record(args.victim).state_dict if args.victim else None
+    victim = load_record(args.victim).state_dict if args.victim else None
     if not (scratch / "record" / "badnet" / "result.json").exists():
         samples, epochs = (256, 1) if victim else (args.train_samples, args.train_epochs)
         flags = f"--train_samples {samples} --epochs {epochs} --lr 0.05 --attack_target 3 --save_folder_name badnet"

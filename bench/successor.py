@@ -33,7 +33,7 @@ from ulrl.data.datasets import clean_subset
 from ulrl.defenses.base import DEFENSES, Defense
 from ulrl.files import home, whole_file
 from ulrl.metrics import Judgement
-from ulrl.record import Record, find_record
+from ulrl.record import Record, load_record
 from ulrl.training import Monitor, judge
 
 PREFIX = "bench_fashion_scenes_"
@@ -218,7 +218,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if not args.tables:
         folders = sorted(f for f in (home() / "record").iterdir() if (f / "result.json").is_file())
-        records = {f.name: find_record(f.name) for f in folders}
+        records = {f.name: load_record(f.name) for f in folders}
         for seed in args.seeds:
             for name in args.records or records:
                 bench = Bench.of(name, "cpu", args.dataset_path)

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.device("cuda:0")
 T = torch.Tensor
-_ACROSS = {"_has_compatible_shallow_copy_type", "copy_", "set_", "__get__", "__set__", "__deepcopy__", "type_as"}  # take tensors of two devices, or look at one
+# These take tensors of two devices, or look at one alone.
+_ACROSS = {"_has_compatible_shallow_copy_type", "copy_", "set_", "__get__", "__set__", "__deepcopy__", "type_as"}
 _INDEXED = {"__getitem__", "__setitem__", "index_put_", "index_put"}  # whose indices may be on the CPU
 _ON_CPU_ALONE = {"numpy", "__array__"}
 

@@ -26,6 +26,10 @@ from ulrl.runs.defending import run_defense
 from ulrl.runs.detecting import run_detector
 from ulrl.training import TrainOptions
 
+OF_THEIR_OWN: dict[str, dict[str, Any]] = {
+    "b3d": {"queries": 1600, "draws": 10}, "abl": {"isolation_ratio": 0.25}, "harden": {"tries": 60},
+}  # fmt: skip
+
 
 @pytest.fixture
 def gpu() -> Iterator[None]:
@@ -59,7 +63,7 @@ def test_defense(name: str, record: Record, gpu: None) -> None:
     cls = DEFENSES[name]
     fields = [f.name for f in dataclasses.fields(cls)]
     given: dict[str, Any] = {f: 1 for f in fields if "epoch" in f or "round" in f or "iter" in f or f.endswith("steps")}
-    given |= {"b3d": {"queries": 1600, "draws": 10}, "abl": {"isolation_ratio": 0.25}, "harden": {"tries": 60}}.get(name, {})
+    given |= OF_THEIR_OWN.get(name, {})
     run = DefenseRun(result_file=record.folder.name, device="cuda", ratio=0.1, overwrite=True)
     folder, result = run_defense(cls(**given), record, run, bar=False)
     assert result["environment"]["device"] == torch.cuda.get_device_name()
@@ -102,7 +106,7 @@ def test_own_model(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tenso
     lambda x: torch.zeros_like(x).mul_(torch.ones(4)),
 ])  # fmt: skip
 def test_what_cuda_refuses_is_refused(mistake: Callable[[torch.Tensor], Any], gpu: None) -> None:
-    with pytest.raises((RuntimeError, TypeError), match="same device|device type"):
+    with pytest.raises((RuntimeError, TypeError), match=r"same device|device type"):
         mistake(torch.ones(4, device="cuda"))
 
 

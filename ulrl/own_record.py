@@ -12,7 +12,7 @@ from rich.console import Console
 from ulrl.configure import configure_defense, defense_schema
 from ulrl.models import load_model
 from ulrl.own_model import Purified
-from ulrl.record import find_record, load_defense_result
+from ulrl.record import load_defense_result, load_record
 from ulrl.report.pictures import draw
 from ulrl.report.results import check_result
 from ulrl.report.tables import result_table
@@ -42,7 +42,9 @@ class PurifiedRecord(Purified):
     __repr__ = summary
 
 
-def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = True, **options: Any) -> PurifiedRecord:
+def purify_record(
+    record: str | Path, *, method: str = "harden", progress: bool = True, **options: Any
+) -> PurifiedRecord:
     """Repair a record's model, judge it, and write the results into the record; what is there already is read.
 
     record: its name under record/, or the path of its folder. options: by the names of the flags of
@@ -51,7 +53,7 @@ def purify_record(record: str | Path, *, method: str = "ulrl", progress: bool = 
     Raises:
         UserError: no such record, method or option; data that is not there; results with other options.
     """
-    opened = find_record(str(record), "record")
+    opened = load_record(record)
     given = defense_schema(method).check(options, f"the options of {method}")
     defense, run = configure_defense(method, given, opened.dataset, opened.model_name, quiet=True)
     folder, now = run_once(defense, opened, run, bar=progress, draw=draw)

@@ -19,7 +19,7 @@ from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.files import in_threads
 from ulrl.poison_state import PoisonState, need, read_state
-from ulrl.record_folder import check_folder, record_folder, result_file
+from ulrl.record_folder import record_folder, result_file
 from ulrl.record_formats import load_raw
 from ulrl.untrusted.images import read_png
 from ulrl.untrusted.opening import real_path
@@ -141,15 +141,14 @@ class Record:
         return images
 
 
-def load_record(path: str | os.PathLike[str]) -> Record:
-    """The record in the folder `path`.
+def load_record(record: str | os.PathLike[str], flag: str = "record") -> Record:
+    """The record of that name under record/, or the one in the folder of that path. flag: what named it, for messages.
 
     Raises:
         UserError: the folder or its attack_result.pt is missing, damaged, of BackdoorBench v1, or asks
             to run code.
     """
-    folder = Path(os.path.abspath(path))
-    check_folder(folder)
+    folder = record_folder(os.fspath(record), flag)
     file = result_file(folder)
     inside = folder.resolve()
     for name in (file.name, INFO_FILE, "result.json"):
@@ -177,15 +176,6 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         attack=raw["attack"] if isinstance(raw.get("attack"), str) else _attack_name(folder, inside),
         clean_test=raw["clean_test"] if isinstance(raw.get("clean_test"), str) else None,
     )
-
-
-def find_record(name: str, flag: str = "--result_file") -> Record:
-    """The record that `flag` names.
-
-    Raises:
-        UserError: no name given, no such record, or one that cannot be read.
-    """
-    return load_record(record_folder(name, flag))
 
 
 def load_defense_result(folder: Path, record: Record) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from ulrl.files import home, save_torch, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import TOOK, Judgement, perceptibility, took
 from ulrl.models import build_model, load_model
-from ulrl.record import find_record
+from ulrl.record import load_record
 from ulrl.record_writer import write_record
 from ulrl.runs.common import (
     SAMPLES_FILE,
@@ -225,7 +225,7 @@ def _clean_model(attack: Attack, run: PreviewRun, spec: DatasetSpec, device: tor
         return None
     if not attack.needs_clean_model:
         raise UserError(f"--clean_model would have no effect: {attack.name} needs no clean model; leave it out")
-    record = find_record(run.clean_model, "--clean_model")
+    record = load_record(run.clean_model, "--clean_model")
     is_for = (record.model_name, record.dataset, record.img_size, record.num_classes)
     if is_for != (wanted := (run.model, spec.name, spec.img_size, spec.num_classes)):
         about = "{0} for {1} of {2} in {3} classes"

@@ -27,7 +27,7 @@ from ulrl.configure import AttackRun, DefenseRun
 from ulrl.defenses.base import Defense
 from ulrl.errors import LineFormatter, UserError, one_line
 from ulrl.files import home, open_lock
-from ulrl.record import find_record
+from ulrl.record import load_record
 from ulrl.report.pictures import draw
 from ulrl.runs.attacking import LEARNED, run_attack
 from ulrl.runs.defending import run_defense
@@ -107,7 +107,7 @@ class DefenseJob(Job):
     def work(self) -> None:
         assert self.needs is not None
         run = replace(self.run, result_file=self.needs, save_folder_name=self.folder.name, overwrite=True)
-        run_defense(self.defense, find_record(self.needs), run, bar=False, draw=draw)
+        run_defense(self.defense, load_record(self.needs), run, bar=False, draw=draw)
 
 
 def sweep_folder() -> Path:
