@@ -20,6 +20,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.pages import RESULTS, with_earlier, write_csv  # noqa: E402
 from ulrl.files import home  # noqa: E402
 
 TARGET = 7
@@ -80,8 +81,9 @@ def main() -> None:
                     )
                     run(f"defense/{defense}.py", f"{chosen} {OPTIONS.get((model, defense, ratio), '')}")
                 rows.append(row(json.loads(file.read_text())))
-                table = pd.DataFrame(rows).sort_values("model", kind="stable")
-                table.to_csv(ROOT / "bench" / "results" / "architectures_fashion_mnist.csv", index=False)
+                csv = RESULTS / "architectures_fashion_mnist.csv"
+                table = with_earlier(csv, pd.DataFrame(rows), ["model", "defense", "ratio", "seed"])
+                write_csv(csv, table)
     print(table.to_string(index=False))
 
 

@@ -19,6 +19,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.pages import RESULTS, with_earlier, write_csv  # noqa: E402
 from ulrl.files import home  # noqa: E402
 
 COMMON = "--dataset fashion_mnist --width 16 --epochs 4".split()
@@ -83,7 +84,8 @@ def main() -> None:
     done = [name for name in RUNS if (home() / "record" / f"bench_{name}" / "result.json").exists()]
     table = pd.DataFrame([row(name) for name in done])
     table.insert(6, "acc_below_clean", (table.acc.iloc[0] - table.acc).round(2))
-    table.to_csv(ROOT / "bench" / "results" / "attacks_fashion_mnist.csv", index=False)
+    file = RESULTS / "attacks_fashion_mnist.csv"
+    write_csv(file, with_earlier(file, table, ["name"]))
     print(table.drop(columns=["options", "seconds_stages"]).to_string(index=False))
 
 

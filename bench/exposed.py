@@ -17,11 +17,10 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from bench.pages import FOLDER
+from bench.pages import RESULTS, with_earlier, write_csv
 from ulrl.configure import configure_defense
 from ulrl.data.datasets import clean_subset, dataset_spec, load_dataset
 from ulrl.defenses.exposing import Exposing
-from ulrl.files import whole_file
 from ulrl.models import load_model
 from ulrl.record import load_record
 from ulrl.seeds import global_stream
@@ -64,8 +63,8 @@ def main() -> None:
             for row in lines(record, given.defenses.split(","), seed):
                 rows.append(row)
                 print(pd.DataFrame([row]).round(4).to_csv(index=False, header=len(rows) == 1), end="", flush=True)
-    with whole_file(FOLDER / "results" / "exposed.csv") as partial:
-        pd.DataFrame(rows).round(4).to_csv(partial, index=False)
+    file = RESULTS / "exposed.csv"
+    write_csv(file, with_earlier(file, pd.DataFrame(rows), ("record", "model", "defense", "seed")))
 
 
 if __name__ == "__main__":

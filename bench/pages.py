@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 from ulrl.errors import UserError
 from ulrl.files import whole_file
@@ -14,7 +15,6 @@ from ulrl.files import whole_file
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 TEXT = ("flagged", "missed", "took", "what_it_took")  # columns of words, some of them empty or a class alone
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided, by degrees of freedom
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -29,16 +29,15 @@ def interval(values: Sequence[float]) -> tuple[float, float, int]:
     if n < 2:
         return mean, math.nan, n
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    t = T95[n - 1] if n <= len(T95) else 1.96 + 2.4 / (n - 1)
-    return mean, t * deviation / math.sqrt(n), n
+    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean, interval and n of some fractions, in percent: "3.1 ±1.2 (3)"."""
+    """Mean, interval and n of some fractions, in percent: "3.1 ±1.2 (3)". Two say nothing of the spread."""
     mean, half, n = interval(values)
     if not n:
         return ""
-    return f"{percent(mean)} ({n})" if math.isnan(half) else f"{percent(mean)} ±{percent(half)} ({n})"
+    return f"{percent(mean)} ({n})" if n < 3 else f"{percent(mean)} ±{percent(half)} ({n})"
 
 
 def with_earlier(path: Path, frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:

@@ -136,8 +136,8 @@ def table(runs: pd.DataFrame) -> Iterator[str]:
 
 
 GOAL = (  # in words, column of `goal`, what is allowed in points
-    ("ASR within 1 point of a clean net's", "asr", 1.0),
-    ("RA within 5 points of it", "ra", 5.0),
+    ("ASR at most 1 point above a clean net's", "asr", 1.0),
+    ("RA at most 5 points below it", "ra", 5.0),
     ("at most 1 point of ACC lost", "acc", 1.0),
 )
 CLEAN_LOSS = 0.5
@@ -152,6 +152,7 @@ def goal(runs: pd.DataFrame) -> str:
     }).groupby("record").mean() * 100  # fmt: skip
     clean = short.asr.isna()
     parts = [_met(short[~clean][key], words, allowed) for words, key, allowed in GOAL]
+    parts[0] += f", within 1 point either way {(short[~clean].asr.abs() <= 1).sum()}"
     seeds = runs.groupby("record").seed.nunique()
     counted = "-".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     lost = _met(short[clean].acc, f"at most {CLEAN_LOSS:g}", CLEAN_LOSS)
@@ -169,14 +170,18 @@ def _of_the_goal(runs: pd.DataFrame) -> pd.Series:
 
 
 def _met(excess: pd.Series, words: str, allowed: float) -> str:
+    """One that is better than a clean net makes up for no other: in the mean it is 0."""
     if excess.empty:
         return f"{words}: none measured"
-    met = f"{(excess <= allowed).sum()} of {len(excess)}"
-    return f"{words}: {met} ({excess.mean():+.1f} in the mean, {excess.max():+.1f} at worst, {excess.idxmax()})"
+    met, mean = f"{(excess <= allowed).sum()} of {len(excess)}", excess.clip(lower=0).mean()
+    return f"{words}: {met} ({mean:+.1f} in the mean, {excess.max():+.1f} at worst, {excess.idxmax()})"
 
 
 def front(runs: pd.DataFrame) -> Iterator[str]:
-    """For the project's front page: a line per record that both methods repaired, ASR / RA / change of ACC."""
+    """For the project's front page: a line per record that both methods repaired, ASR / RA / change of ACC.
+
+    Of the net that Harden repaired first; where ULRL repaired others by the same recipe alone, ‡.
+    """
     yield "| attack | a clean net | none | ULRL | Harden |"
     yield "|---|---|---|---|---|"
     runs = runs[_of_the_goal(runs)]
@@ -185,14 +190,17 @@ def front(runs: pd.DataFrame) -> Iterator[str]:
         both = [cells.get((record, variant)) for variant in ("ulrl", "harden")]
         if any(cell is None for cell in both):
             continue
-        own = pd.concat(both)
+        first = both[1].iloc[0]
+        same = [cell[(cell.acc_before == first.acc_before) & cell.asr_before.isin([first.asr_before])] for cell in both]
+        mark = "" if len(same[0]) else " ‡"
+        both, own = [same[0] if len(same[0]) else both[0], same[1]], same[1]
         changes = [f"{100 * (cell.acc - cell.acc_before).mean():+.1f}" for cell in both]
         if own.asr.isna().all():
-            yield f"| {_label(record)} | | | {changes[0]} | {changes[1]} |"
+            yield f"| {_label(record)} | | | {changes[0]}{mark} | {changes[1]} |"
             continue
         figures = [f"{_percents(cell, 'asr', 'ra')} / {change}" for cell, change in zip(both, changes, strict=True)]
         reach, before = _percents(own, "clean_asr", "clean_ra"), percent(own.asr_before.mean())
-        yield f"| {_label(record)} | {reach} | {before} | {figures[0]} | {figures[1]} |"
+        yield f"| {_label(record)} | {reach} | {before} | {figures[0]}{mark} | {figures[1]} |"
 
 
 def _percents(cell: pd.DataFrame, *keys: str) -> str:

@@ -4,10 +4,11 @@ python bench/suspect_rates.py
 
 Trains small models, half of them backdoored, each with a seed of its own, and asks about each with the default
 options: on 10,000 images of Fashion-MNIST (PreAct-ResNet18 of width 8, 4 epochs; 600 clean images) and on the digits
-(width 16, 10 epochs, the shipped options; 200 clean images). No threshold of `suspect` was set on any of them.
+(width 16, 10 epochs, the shipped options; 200 clean images). Which of them a threshold was drawn on, docs/verdicts.md
+says. A row stays until its net is asked again.
 A backdoor that did not take (ASR below 0.9) is no backdoor to be found, and its row says so. Models that are there are
 kept, in $ULRL_HOME/record/verdict_*, so a stopped run goes on where it was. With --records the models are those of
-records that are there, such as the bench's victims, and the others' rows stay.
+records that are there, such as the bench's victims.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", nargs="+", metavar="NAME", help="ask about these, with 1%% and seed 0, instead")
     names = parser.parse_args().records
-    rows = pd.read_csv(RESULT).to_dict("records") if names and RESULT.exists() else []
+    rows = pd.read_csv(RESULT).to_dict("records") if RESULT.exists() else []
     todo = [(home() / "record" / name, 0.01, 0) for name in names or ()] or (
         (made(*model), DATASETS[model[0]][2], model[-1]) for model in MODELS
     )

@@ -14,7 +14,7 @@ import pandas as pd
 from bench.pages import FOLDER as BENCH
 from bench.pages import RESULTS, cell, interval, percent, with_earlier, write_block, write_csv
 from bench.pictures import save, sight
-from bench.victims import took_of, victim_of
+from bench.victims import rate_of, took_of, victim_of
 from ulrl.defenses.base import DEFENSES
 from ulrl.sweep.jobs import AttackJob
 
@@ -55,7 +55,7 @@ def gather(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
             before, after = result["before"], result["after"]
             row: dict[str, Any] = {
                 "record": name, "attack": victim.name if victim else "clean",
-                "rate": job.attack.pratio if victim else None, "defense": defense, "ratio": ratio, "subset": subset,
+                "rate": rate_of(job), "defense": defense, "ratio": ratio, "subset": subset,
                 "missed": "" if missed == "took" else missed.removeprefix("did not take: "),
                 "clean_samples": result["clean_samples"],
                 **{f"{k}_before": before[k] for k in ("acc", "asr", "ra")},
@@ -93,12 +93,21 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
 
 
+def of_another_victim(runs: pd.DataFrame) -> pd.Series:
+    """bool: whether a run repaired another net than most of the record's runs: a victim that was lost and trained anew,
+    of which the figures before the repair tell. Its own clean nets' figures stand in its row."""
+    nets = runs.acc_before.map("{:.3f}".format) + " " + runs.asr_before.map("{:.3f}".format)
+    return nets != nets.groupby(runs.record).transform(lambda of_record: of_record.mode()[0])
+
+
 def ranking(runs: pd.DataFrame) -> pd.DataFrame:
     """The defenses of some runs (of one ratio), the nearest to the clean nets first: distance, interval, records.
 
-    Each is averaged over its subsets within a record, then over the records that all the ranked ones have. One with
-    fewer than half of the records of the fullest is not ranked, but stands below them with its own.
+    Runs of another victim than the others' are left out. Each is averaged over its subsets within a record, then over
+    the records that all the ranked ones have. One with fewer than half of the records of the fullest is not ranked, but
+    stands below them with its own.
     """
+    runs = runs[~of_another_victim(runs)]
     own = {name: set(part.record) for name, part in runs.groupby("defense")}
     most = max(map(len, own.values()), default=0)
     ranked = [name for name, records in own.items() if 2 * len(records) >= most]
@@ -163,17 +172,24 @@ def words(runs: pd.DataFrame) -> list[str]:
         return [f"One defense alone has been run on half of the records or more: {said(best[0])}. {_not_run(runs)}"]
     sentences = [f"Over the {best[0].records} records that all {len(best)} ranked defenses have, {said(best[0])} wins"]
     sentences[0] += f", before {said(best[1])}."
+    told = []
+    for row in best[:2]:
+        alike = _alike(runs, str(row.defense), [str(other.defense) for other in best[row.Index + 1 :]])
+        apart = f"cannot be told from {', '.join(alike)}" if alike else "is nearer than each that follows"
+        told.append(f"{row.defense} {apart}")
+    sentences.append(f"By paired differences over the records (95%), {'; '.join(told)}.")
+    took = runs[runs.missed == ""]
+    if 0 < took.record.nunique() < runs.record.nunique() and "harden" in set(took.defense):
+        sentences.append(f"On those whose backdoor took ({_order(took)}.")
     ours = next((row for row in best if row.defense == "ulrl"), None)
     if ours is not None and ours.Index:
         behind = percent(ours.distance - best[0].distance)
         sentences.append(f"ULRL is number {ours.Index + 1}, {behind} points behind; it is worst on {ours.worst}.")
     others = runs[~runs.attack.isin(DEVELOPED_ON) & runs.defense.isin(first.defense)]
     if "harden" in set(others.defense):
-        apart = ranking(others)
-        order = [f"{row.defense} {percent(row.distance)}" for row in apart[apart.ranked].itertuples()]
         sentences.append(
-            f"Harden's settings were chosen or tried on {', '.join(DEVELOPED_ON)}; on the others "
-            f"({apart.records.max()}) the distances are {', '.join(order[:5])}."
+            f"Harden's settings were chosen or tried on {', '.join(DEVELOPED_ON)}, those of the others are their "
+            f"papers'; on the others ({_order(others)}."
         )
     if "truth_distance" in runs and runs.truth_distance.notna().any():
         far, lost, n = _truth(runs)
@@ -184,6 +200,26 @@ def words(runs: pd.DataFrame) -> list[str]:
     if out:
         sentences.append(f"Not ranked, on fewer than half of the records: {', '.join(out)}.")
     return [" ".join([*sentences, _not_run(runs)]).rstrip()]
+
+
+def _order(runs: pd.DataFrame) -> str:
+    """The first five on some records, after how many these are."""
+    ranks = ranking(runs)
+    ranks = ranks[ranks.ranked]
+    first = [f"{row.defense} {percent(row.distance)}" for row in ranks[:5].itertuples()]
+    return f"{ranks.records.max()}): {', '.join(first)}"
+
+
+def _alike(runs: pd.DataFrame, defense: str, others: Sequence[str]) -> list[str]:
+    """Which of `others` lie no further from the clean nets than `defense`, record by record, by the 95% interval."""
+    runs = runs[~of_another_victim(runs)]
+    far = runs.groupby(["record", "defense"]).distance.mean().unstack()
+    alike = []
+    for other in others:
+        mean, half, _ = interval((far[other] - far[defense]).dropna().tolist())
+        if not mean > half:
+            alike.append(other)
+    return alike
 
 
 def _not_run(runs: pd.DataFrame) -> str:
@@ -214,7 +250,8 @@ def _repairs(runs: pd.DataFrame) -> list[str]:
     def line(title: str, far: str, lost: str, cells: Sequence[str]) -> None:
         lines.append(f"| {title} | {far} | {lost} | " + " | ".join(cells) + " |")
 
-    by_record = {record: runs[runs.record == record] for record in records}
+    others = of_another_victim(runs)
+    by_record = {record: runs[(runs.record == record) & ~others] for record in records}
     line("(none)", "", "", [_pair(part.head(1), "asr_before", "ra_before") for part in by_record.values()])
     nets = [
         f"{_pair(part.head(1), 'clean_asr', 'clean_ra', n=False)} ({part.clean_nets.iloc[0]:.0f})"
@@ -226,9 +263,13 @@ def _repairs(runs: pd.DataFrame) -> list[str]:
         far, lost, n = _truth(runs)
         line("(true trigger)", f"{percent(far)} ({n})", percent(lost), truth)
     for row in ranking(runs).itertuples():
-        part = runs[runs.defense == row.defense]
+        mine = runs.defense == row.defense
         far = percent(row.distance) + ("" if pd.isna(row.half) else f" ±{percent(row.half)}") + f" ({row.records})"
-        cells = [_pair(part[part.record == record], "asr", "ra") for record in records]
+        cells = [
+            _pair(runs[mine & ~others & (runs.record == record)], "asr", "ra")
+            or _pair(part := runs[mine & others & (runs.record == record)], "asr", "ra") + " ‡" * bool(len(part))
+            for record in records
+        ]
         line(str(row.defense), far, percent(row.acc_lost), cells)
     return [*lines, *_marks(runs)]
 
@@ -240,10 +281,14 @@ def _truth(runs: pd.DataFrame) -> tuple[float, float, int]:
 
 
 def _marks(runs: pd.DataFrame) -> list[str]:
-    """What † in a title means."""
+    """What † in a title and ‡ in a cell mean."""
     missed = runs[runs.missed != ""].drop_duplicates("record")
     said = [f"{row.attack} ({row.missed})" for row in missed.itertuples()]
-    return ["", f"† The victim did not quite take: {'; '.join(said)}."] if said else []
+    lines = ["", f"† The victim did not quite take: {'; '.join(said)}."] if said else []
+    anew = runs[of_another_victim(runs)]
+    told = [f"{row.defense} on {row.attack} (ACC {percent(row.acc_before)}, ASR {percent(row.asr_before)} before)"
+            for row in anew.itertuples()]  # fmt: skip
+    return [*lines, "", f"‡ Of a victim trained anew, and not in the ranking: {'; '.join(told)}."] if told else lines
 
 
 def _reactivations(runs: pd.DataFrame) -> list[str]:

@@ -156,6 +156,12 @@ def victim_of(job: AttackJob) -> Victim | None:
     return next((v for v in VICTIMS if v.name == label), None)
 
 
+def rate_of(job: AttackJob) -> float | None:
+    """The share of the samples that it poisons; None of a clean net and of an attack that has none."""
+    victim = victim_of(job)
+    return None if victim is None or victim.rates == (None,) else job.attack.pratio
+
+
 def chosen(jobs: Mapping[str, AttackJob], names: Sequence[str]) -> list[AttackJob]:
     """The jobs that the names mean, with those that they need.
 
@@ -186,7 +192,7 @@ def table(jobs: Mapping[str, AttackJob]) -> pd.DataFrame:
         job, after, victim = jobs[name], result["after"], victim_of(jobs[name])
         level = clean_level(job, jobs)
         rows.append({
-            "record": name, "attack": victim.name if victim else "clean", "rate": job.attack.pratio if victim else None,
+            "record": name, "attack": victim.name if victim else "clean", "rate": rate_of(job),
             "target": job.attack.attack_target if victim else None, "seed": result["seed"],
             "width": job.run.width or FULL_WIDTH, "epochs": job.training.epochs,
             **{k: after[k] for k in ("acc", "asr", "ra", "n_clean", "n_poisoned")},

@@ -23,7 +23,17 @@ from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
 from bench.release_agreement import lines, whole
 from bench.successor import COLUMNS, PREFIX, RATIO, front, goal, table
-from bench.tables import FOLDER, _marks, _reactivations, _titles, distance, ranking, words
+from bench.tables import (
+    FOLDER,
+    _marks,
+    _reactivations,
+    _repairs,
+    _titles,
+    distance,
+    of_another_victim,
+    ranking,
+    words,
+)
 from bench.valley import mixed
 from bench.victims import PROFILES, VICTIMS, chosen, jobs_of, took, victim_of
 from ulrl.data.datasets import dataset_spec
@@ -85,7 +95,7 @@ def test_an_interval_is_students() -> None:
     assert (mean, n) == (2.0, 3)
     assert half == pytest.approx(4.30 / math.sqrt(3), rel=1e-3)
     assert math.isnan(interval([1.0])[1])
-    assert [cell([]), cell([0.5]), cell([0.5, 0.5])] == ["", "50.0 (1)", "50.0 ±0.0 (2)"]
+    assert [cell([0.5] * n) for n in range(4)] == ["", "50.0 (1)", "50.0 (2)", "50.0 ±0.0 (3)"]
 
 
 def test_a_clean_nets_own_figures_are_no_distance_away() -> None:
@@ -97,7 +107,7 @@ def test_a_clean_nets_own_figures_are_no_distance_away() -> None:
 
 def runs(*rows: tuple[str, str, float]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["defense", "record", "distance"])
-    return frame.assign(acc_lost=0.0)
+    return frame.assign(acc_lost=0.0, acc_before=0.9, asr_before=1.0)
 
 
 def test_re_activation_is_told_beside_clean_nets_that_were_attacked_too() -> None:
@@ -109,8 +119,7 @@ def test_re_activation_is_told_beside_clean_nets_that_were_attacked_too() -> Non
         frame[f"clean_again_{attack}"] = [clean, math.nan, clean]
     clean_nets, line = _reactivations(frame)[-2:]  # b has none, and y's clean nets were not attacked
     assert clean_nets == "| (clean nets) | 10.0 (1) | 10.0 (1) | 10.0 (1) | 80.0 (1) | |"
-    assert line.startswith("| a | 7.5 ±")
-    assert line.endswith(" (2) | 30.0 (retuned, badnet) |")
+    assert line == "| a | 7.5 (2) | 30.0 (2) | 15.0 (2) | 67.5 (2) | 30.0 (retuned, badnet) |"
 
 
 def test_ranks_are_over_the_records_that_all_share() -> None:
@@ -128,12 +137,32 @@ def test_a_defense_with_few_records_is_not_ranked() -> None:
     assert ranks.records.tolist() == [5, 1]
 
 
+def test_a_victim_that_was_trained_anew_is_not_ranked_with_the_first() -> None:
+    """b repaired x when it was lost and another had been made by the same recipe."""
+    frame = full(("a", "x", 0.1), ("c", "x", 0.2), ("b", "x", 0.0), *((d, "y", 0.5) for d in "abc"))
+    frame.loc[2, ["asr_before", "acc_before"]] = 0.9, 0.88
+    assert of_another_victim(frame).tolist() == [False, False, True, False, False, False]
+    assert ranking(frame).records.tolist() == [1, 1, 1]
+    assert ranking(frame).distance.tolist() == [0.5, 0.5, 0.5]
+    assert _marks(frame)[-1].startswith(
+        "‡ Of a victim trained anew, and not in the ranking: b on x (ACC 88.0, ASR 90.0"
+    )
+    assert [line.count("‡") for line in _repairs(frame) if line.startswith(("| a |", "| b |"))] == [0, 1]
+
+
+def test_who_cannot_be_told_from_the_next_is_said() -> None:
+    """a is nearer than b and c on each record; b is nearer than c on two of three."""
+    rows = [("a", 0.1, 0.12, 0.11), ("b", 0.5, 0.6, 0.5), ("c", 0.6, 0.7, 0.45)]
+    said = words(full(*((name, record, far) for name, *fars in rows for record, far in zip("xyz", fars, strict=True))))
+    assert "(95%), a is nearer than each that follows; b cannot be told from c." in said[0]
+
+
 def full(*rows: tuple[str, str, float]) -> pd.DataFrame:
     """As `runs`, with all that a table shows; the records are named for their attacks, and `lf` did not take."""
     frame = runs(*rows)
-    figures = dict.fromkeys(("asr", "ra", "asr_before", "clean_asr", "clean_ra"), 0.5)
+    figures = dict.fromkeys(("asr", "ra", "asr_before", "ra_before", "clean_asr", "clean_ra"), 0.5)
     missed = frame.record.map(lambda record: "ASR 80.0 below 95.0" if record == "lf" else "")
-    return frame.assign(attack=frame.record, missed=missed, **figures)
+    return frame.assign(attack=frame.record, missed=missed, clean_nets=2, **figures)
 
 
 def test_the_words_tell_which_records_a_defense_was_made_on_and_what_was_not_run() -> None:
@@ -141,7 +170,7 @@ def test_the_words_tell_which_records_a_defense_was_made_on_and_what_was_not_run
         words(full(("ulrl", "lf", 0.1), ("ulrl", "bpp", 0.5), ("harden", "lf", 0.0), ("harden", "bpp", 0.4)))
     )
     assert "harden (20.0" in said
-    assert "on the others (1) the distances are harden 40.0, ulrl 50.0" in said
+    assert "on the others (1): harden 40.0, ulrl 50.0" in said
     assert "ULRL is number 2, 10.0 points behind; it is worst on bpp." in said
     assert "Harden's settings" not in " ".join(words(full(("harden", "lf", 0.0), ("ulrl", "lf", 0.1))))
     assert "abl" in said.split("Not run: ")[1]
@@ -162,7 +191,10 @@ def test_the_front_page_shows_what_both_methods_repaired() -> None:
     both = [
         run(r, v, asr, acc) for r, asr in (("lf", 0.2), ("clean", None)) for v, acc in (("ulrl", 0.8), ("harden", 0.89))
     ]
-    lines = list(front(pd.DataFrame([*both, run("sig", "ulrl", 0.2, 0.8)])))
+    other = run("lf", "ulrl", 0.9, 0.5) | {"acc_before": 0.91}  # of another victim: not in the line's mean
+    lines = list(front(pd.DataFrame([*both, other, run("sig", "ulrl", 0.2, 0.8)])))
+    apart = list(front(pd.DataFrame([other, both[1]])))
+    assert apart[-1] == "| lf | 10.0 / 90.0 | 100.0 | 90.0 / 90.0 / -41.0 ‡ | 20.0 / 20.0 / -1.0 |"
     assert lines[2:] == ["| clean | | | -10.0 | -1.0 |",
                          "| lf | 10.0 / 90.0 | 100.0 | 20.0 / 20.0 / -10.0 | 20.0 / 20.0 / -1.0 |"]  # fmt: skip
 
@@ -177,13 +209,14 @@ def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> N
     clean = [run("clean0", None, None, 0.89, 0), run("clean1", None, None, 0.9, 0)]
     said = goal(pd.DataFrame([*runs, *clean, *others]))
     assert "Of 2 backdoored nets, 1-2 seeds each" in said
-    assert "ASR within 1 point of a clean net's: 1 of 2 (+19.0 in the mean, +38.0 at worst, sig)" in said
-    assert "RA within 5 points of it: 1 of 2 (+18.0 in the mean, +35.0 at worst, sig)" in said
+    assert "ASR at most 1 point above a clean net's: 1 of 2 (+19.0 in the mean, +38.0 at worst, sig), within 1" in said
+    assert "within 1 point either way 1; RA" in said
+    assert "RA at most 5 points below it: 1 of 2 (+18.0 in the mean, +35.0 at worst, sig)" in said
     assert "at most 1 point of ACC lost: 1 of 2 (+1.9 in the mean, +3.0 at worst, sig)" in said
     assert "Clean nets: at most 0.5: 1 of 2 (+0.5 in the mean, +1.0 at worst, clean0)" in said
     said = goal(pd.DataFrame(clean))
     assert "Of 0 backdoored nets, 1 seed each" in said
-    assert "ASR within 1 point of a clean net's: none measured" in said
+    assert "ASR at most 1 point above a clean net's: none measured" in said
 
 
 def test_what_the_other_bench_has_repaired_is_taken_from_there(monkeypatch: pytest.MonkeyPatch) -> None:

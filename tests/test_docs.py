@@ -78,6 +78,18 @@ def test_there_are_commands_to_check() -> None:
     assert len(commands()) > 15
 
 
+def test_flags_of_the_bench_are_there() -> None:
+    found = re.findall(
+        r"python (?:-m bench\.|bench/)(\w+)(?:\.py)?([^`|#\n]*)", "\n".join(p.read_text() for p in PAGES)
+    )
+    assert len(found) > 20
+    for name, rest in found:
+        files = [ROOT / "bench" / f"{part}.py" for part in ([name, "release_speed"] if name == "speed" else [name])]
+        source = "".join(file.read_text(encoding="utf-8") for file in files)  # speed hands some of its flags on
+        for flag in re.findall(r"--\w+", rest):
+            assert f'"{flag}"' in source, f"bench/{name}.py has no {flag}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
