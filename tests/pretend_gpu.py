@@ -166,6 +166,8 @@ def pretend_gpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
         patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+        patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "manual_seed", lambda *_: None)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # else a parameter stays where it was
         try:
             with PretendGPU():

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ulrl.defenses.astray import Fixed, Learning, _Near, leading
-from ulrl.defenses.corruptions import KINDS, Draws, corrupt, moved
+from ulrl.defenses.corruptions import KINDS, Draws, _patch, corrupt, enlarged, moved
 
 CPU = torch.device("cpu")
 SHAPES = [(24, 3, 32, 32), (24, 1, 8, 8), (1, 3, 16, 12)]
@@ -44,6 +45,14 @@ def test_every_image_is_corrupted() -> None:
     plain = images(200, 3, 32, 32)
     same = (corrupt(plain, Draws(0, CPU)) == plain).flatten(1).all(1)
     assert same.float().mean() < 0.1  # a patch may miss, and a blend be faint
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("few", "many"), [((3, 3), (32, 32)), ((1, 4), (9, 5)), ((8, 8), (8, 8)), ((6, 4), (3, 2))])
+def test_a_field_is_enlarged_as_torch_does_it(mode: str, few: tuple[int, int], many: tuple[int, int]) -> None:
+    field = images(2, 3, *few)
+    ours = enlarged(field, images(2, 1, *many), mode)
+    assert torch.allclose(ours, F.interpolate(field, many, mode=mode, align_corners=True), atol=1e-5)
 
 
 def test_moved_reads_each_pixel_from_elsewhere() -> None:
@@ -102,6 +111,19 @@ def test_a_fixed_corruption_does_the_same_to_every_image(shape: tuple[int, ...])
             assert torch.allclose(changed, changed[:1].expand(shape), atol=1e-6), kind
             if kind.__name__ not in ("image", "_patch"):
                 assert torch.allclose(changed[:1], Fixed(kind, seed)(plain[:1]), atol=1e-6), kind
+
+
+def test_what_is_drawn_for_a_fixed_one_does_not_hang_on_the_batch() -> None:
+    """A patch may be cut from any image of it: laid over the black one, white ones show how thickly."""
+    x, compared = torch.ones(16, 3, 8, 8), 0
+    x[0] = 0
+    for seed in range(300):
+        way = Fixed(_patch, seed)
+        many, few = way(x)[0], way(x[:2])[0]
+        if many.any() and few.any():  # else it was cut from the black one itself
+            assert torch.equal(many, few), seed
+            compared += 1
+    assert compared > 100
 
 
 def test_what_leads_astray_is_found_from_where_chance_does_not_lead() -> None:

@@ -138,6 +138,14 @@ class Spare(nn.Module):
         return self.head(self.body(x).flatten(1))
 
 
+@pytest.mark.parametrize("name", ["anp", "rnp"])
+def test_instance_norms_have_channels_too(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten(), nn.Linear(8, 10))  # fmt: skip
+    options = {"nb_iter": 2} if name == "anp" else {"unlearning_epochs": 1, "recovering_epochs": 1}
+    assert all(w.isfinite().all() for w in repair(name, model, **options).model.state_dict().values())
+
+
 @pytest.mark.parametrize(("name", "options"), [
     ("anp", {"nb_iter": 2}), ("ban", {"epochs": 1}), ("bnp", {}), ("clp", {}), ("nft", {}),
     ("rnp", {"unlearning_epochs": 1, "recovering_epochs": 1}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -170,6 +171,26 @@ class _Steep(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x.flatten(1)) * self.slope
+
+
+class _Masked(nn.Module):
+    """It holds what some nets hold: a mask that is -inf in part, and a mean that is expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(1), nn.Linear(64, 10)
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        self.register_buffer("mean", torch.zeros(1, 1, 1, 1).expand(1, 1, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(x - self.mean).flatten(1))
+
+
+@pytest.mark.parametrize("name", ["ulrl", "rnp"])
+def test_buffers_that_are_infinite_or_expanded_are_in_nobodys_way(name: str, digits: ImageSet) -> None:
+    options = {f.name: 1 for f in dataclasses.fields(DEFENSES[name]) if f.name.endswith("epochs")}
+    repaired = DEFENSES[name](**options).run(_Masked(), digits.subset(torch.arange(64)), Monitor()).model
+    assert all(p.isfinite().all() for p in repaired.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name, cls in DEFENSES.items() if issubclass(cls, Unlearning)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ulrl import training
+from ulrl import machine, training
 from ulrl.data.batches import Batches
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
@@ -14,8 +14,19 @@ from ulrl.errors import UserError
 from ulrl.machine import has_bf16, whole_float32
 from ulrl.metrics import Judgement, defense_effectiveness
 from ulrl.models import build_model, load_model
-from ulrl.seeds import generator, stream_seed
-from ulrl.training import Monitor, Sam, TrainOptions, cross_entropy, fit, judge, make_scheduler, predict
+from ulrl.seeds import generator, global_stream, stream_seed
+from ulrl.training import (
+    Monitor,
+    Sam,
+    TrainOptions,
+    cross_entropy,
+    fit,
+    head_inputs,
+    judge,
+    make_scheduler,
+    measure_statistics,
+    predict,
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +113,106 @@ def test_fit_can_ascend_and_stop(digits: tuple[ImageSet, ImageSet]) -> None:
     assert len(monitor.history) == 2
     assert monitor.history[1]["loss"] > monitor.history[0]["loss"]
     assert seen == [row["acc"] for row in monitor.history]
+
+
+def test_a_plateau_of_an_ascent_is_a_loss_that_no_longer_rises(digits: tuple[ImageSet, ImageSet]) -> None:
+    options = TrainOptions(epochs=14, lr=0.01, lr_scheduler="ReduceLROnPlateau")
+    model = build_model("preactresnet18", 10, 1, 8)
+    optimizer = options.optimizer(model)
+    batches = Batches(digits[0].subset(torch.arange(64)), 64, generator(0, "batches"))
+    fit(model, batches, 14, optimizer, options.scheduler(optimizer), Monitor(), "unlearn", ascend=True)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+class Modes(nn.Module):
+    """A BatchNorm that is frozen in eval mode, one that a branch has which is not used, and one that measures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.aside, self.norm = (nn.BatchNorm2d(1) for _ in range(3))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.frozen(x)).flatten(1))
+
+
+def test_each_module_is_put_back_into_its_own_mode(digits: tuple[ImageSet, ImageSet]) -> None:
+    model = Modes()
+    model.frozen.eval()
+    predict(model, digits[1])
+    assert [m.training for m in (model, model.frozen, model.norm)] == [True, False, True]
+    model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict(model, digits[1])
+    assert [m.training for m in (model, model.frozen, model.norm)] == [True, False, True]
+
+
+def test_statistics_that_nothing_measures_stay(digits: tuple[ImageSet, ImageSet]) -> None:
+    model = Modes()
+    assert model.aside.running_mean is not None
+    model.aside.running_mean.fill_(3)
+    measure_statistics(model, [(torch.full((4, 1, 8, 8), 2.0), digits[0].labels[:4])])
+    assert model.aside.running_mean.item() == 3
+    assert (model.norm.num_batches_tracked, model.aside.num_batches_tracked) == (1, 0)
+    assert model.norm.momentum == model.aside.momentum == 0.1
+
+
+def test_worst_weights_are_not_counted_by_an_average_of_all_batches(digits: tuple[ImageSet, ImageSet]) -> None:
+    model = Modes()
+    model.norm.momentum = None  # its statistics are the mean of those of all batches
+    batches = Batches(digits[0].subset(torch.arange(64)), 32, generator(0, "batches"))
+    fit(model, batches, 2, torch.optim.SGD(model.parameters(), 0.1), None, Monitor(), "train", sam=Sam(0.1))
+    assert model.norm.num_batches_tracked is not None
+    assert model.norm.num_batches_tracked.item() == 4
+
+
+class Gained(nn.GroupNorm):
+    def forward(self, values: torch.Tensor, gain: float) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(values) * gain
+
+
+class Scaled(nn.Linear):
+    def forward(self, values: torch.Tensor, scale: float) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(values) * scale
+
+
+class Unusual(nn.Module):
+    """Its layers are called with more than one argument, by other names, or not at all."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.named, self.norm, self.head = named, Gained(1, 1), Scaled(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.named:
+            return self.head(values=self.norm(values=x, gain=2.0).flatten(1), scale=3.0)
+        return self.head(self.norm(x, 2.0).flatten(1), 3.0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_layers_may_take_what_they_will(
+    named: bool, digits: tuple[ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, some = Unusual(named), digits[1].subset(torch.arange(40))
+    fit(model, Batches(some, 8), 1, torch.optim.SGD(model.parameters(), 0.1), None, Monitor(), "train", amp=False)
+    expected = predict(model, some, amp=False)
+    monkeypatch.setattr(machine, "has_bf16", lambda device: True)
+    assert (predict(model, some) == expected).double().mean() > 0.9
+    assert head_inputs(model, model.head, some).shape == (40, 64)
+
+
+def test_a_head_that_is_not_called_once_is_told(digits: tuple[ImageSet, ImageSet]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x.flatten(1)) + self.head(x.flip(3).flatten(1))
+
+    model = Twice()
+    with pytest.raises(UserError, match="once for each image"):
+        head_inputs(model, model.head, digits[1])
 
 
 def test_fit_takes_another_objective_and_calls_after_each_step(digits: tuple[ImageSet, ImageSet]) -> None:
@@ -249,6 +360,19 @@ def test_model_width_and_channels_are_read_off_the_weights() -> None:
         load_model("preactresnet18", 10, {"a": torch.zeros(1)})
     with pytest.raises(UserError, match="did you mean 'preactresnet18'"):
         load_model("preactresnet81", 10, narrow.state_dict())
+
+
+def test_a_stream_on_the_cpu_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    before = torch.get_rng_state()
+    with global_stream(0, "dropout"):
+        drawn = torch.rand(3)
+    assert not seeded
+    assert torch.equal(before, torch.get_rng_state())
+    with global_stream(0, "dropout"):
+        assert torch.equal(drawn, torch.rand(3))
 
 
 def test_streams_are_independent_of_each_other() -> None:

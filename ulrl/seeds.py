@@ -28,5 +28,9 @@ def global_stream(seed: int, stream: str, device: torch.device | str = "cpu") ->
     """
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(stream_seed(seed, stream))
+        # Not torch.manual_seed, which seeds those of all other devices, too, and for good.
+        torch.default_generator.manual_seed(stream_seed(seed, stream))
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(stream_seed(seed, stream))
         yield

@@ -261,7 +261,7 @@ def fit(
             loss_sum, hit_sum = totals.tolist()
             loss_mean, accuracy = loss_sum / count, hit_sum / count
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                scheduler.step(loss_mean)
+                scheduler.step(-loss_mean if ascend else loss_mean)
             elif scheduler is not None:
                 scheduler.step()
             if not math.isfinite(loss_mean):
@@ -283,9 +283,13 @@ def channels_first(model: nn.Module) -> Iterator[None]:
     backward pass there kills the process (torch 2.13).
     """
 
+    def turn(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+            return value
+        return value.clone(memory_format=torch.contiguous_format)  # one channel is contiguous as it lies, and dies, too
+
     def turned(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = first_input(given, named)
-        return (x.contiguous() if x.device.type == "cpu" else x,), {}
+        return tuple(map(turn, given)), {name: turn(value) for name, value in named.items()}
 
     with contextlib.ExitStack() as hooks:
         for m in model.modules():
@@ -298,35 +302,50 @@ def channels_first(model: nn.Module) -> Iterator[None]:
 def measure_statistics(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """BatchNorm's running statistics anew, in place: of plain `batches`, each of which weighs the same.
 
-    As `torch.optim.swa_utils.update_bn`, but of the layers that measure in the model's train mode only: a net that
-    keeps its statistics there would be left without any.
+    As `torch.optim.swa_utils.update_bn`, but of the layers alone that measure in the model's train mode and are reached
+    there: a net that keeps its statistics, or an auxiliary branch, would be left without any.
     """
-    was_training = model.training
-    model.train()
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-    for x, _ in batches:
-        model(x)
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.momentum = momentum
-    model.train(was_training)
+    with in_mode(model, training=True):
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        before = [(m.momentum, {name: b.clone() for name, b in m.named_buffers()}) for m in norms]
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None
+        for x, _ in batches:
+            model(x)
+        for m, (momentum, statistics) in zip(norms, before, strict=True):
+            m.momentum = momentum
+            if not m.num_batches_tracked:
+                for name, b in m.named_buffers():
+                    b.copy_(statistics[name])
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """In train or eval mode inside the block; then each module in its own again, a frozen BatchNorm in eval mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 @contextlib.contextmanager
 def _still_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm's running statistics stay as they are inside the block: they are not those of worst weights."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
+    momenta, counts = [m.momentum for m in norms], [m.num_batches_tracked for m in norms]
     for m in norms:
         m.momentum = 0.0
+        if m.num_batches_tracked is not None:
+            m.num_batches_tracked = m.num_batches_tracked.clone()  # which the averages of all batches go by
     try:
         yield
     finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
+        for m, momentum, count in zip(norms, momenta, counts, strict=True):
+            m.momentum, m.num_batches_tracked = momentum, count
 
 
 def predict(model: nn.Module, data: ImageSet, amp: bool = True) -> torch.Tensor:
@@ -357,11 +376,15 @@ def _exact_head(model: nn.Module, num_classes: int) -> Iterator[None]:
         yield
         return
 
+    def exact(value: Any) -> Any:
+        tensor = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(head.weight.dtype) if tensor else value
+
     def exactly(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         if not torch.is_autocast_enabled(output.device.type):
             return output
         with torch.autocast(output.device.type, enabled=False):
-            return head.forward(first_input(given, named).to(head.weight.dtype))
+            return head.forward(*map(exact, given), **{name: exact(value) for name, value in named.items()})
 
     hook = head.register_forward_hook(exactly, prepend=True, with_kwargs=True)  # before what a user hung there
     try:
@@ -379,6 +402,9 @@ def head_inputs(model: nn.Module, head: nn.Module, data: ImageSet, amp: bool = T
     """What the classifier head of `model`, in eval mode, is given for each image: float32 [N, D]. N at least 1.
 
     Where it is a convolution, the mean over its positions.
+
+    Raises:
+        UserError: the model does not call its head once for each image.
     """
     seen: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(
@@ -388,6 +414,8 @@ def head_inputs(model: nn.Module, head: nn.Module, data: ImageSet, amp: bool = T
         _outputs(model, data, amp, model)
     finally:
         hook.remove()
+    if sum(map(len, seen)) != len(data):
+        raise UserError("the model does not call its head once for each image, so there is no telling what it is given")
     return torch.cat(seen)
 
 
@@ -396,12 +424,8 @@ def _outputs(
     model: nn.Module, data: ImageSet, amp: bool, output: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor]:
     """`output` of each batch, with the model in eval mode."""
-    was_training = model.training
-    model.eval()
-    with autocast(data.device, amp):
-        outputs = [output(x) for x, _ in Batches(data, eval_batch(data.device))]
-    model.train(was_training)
-    return outputs
+    with in_mode(model, training=False), autocast(data.device, amp):
+        return [output(x) for x, _ in Batches(data, eval_batch(data.device))]
 
 
 def judge(model: nn.Module, clean: ImageSet, poisoned: PoisonedSet | None, amp: bool = True) -> Judgement:

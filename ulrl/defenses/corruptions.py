@@ -6,6 +6,7 @@ they mean the same at every size; the numbers are ours, for what leaves a garmen
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -63,8 +64,21 @@ def corrupt(images: torch.Tensor, draws: Draws, most: int = 3) -> torch.Tensor:
 
 
 def enlarged(field: torch.Tensor, images: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
-    """A coarse field [B, D, h, w] at the size of the images."""
-    return F.interpolate(field, images.shape[2:], mode=mode, align_corners=True)
+    """A coarse field [B, D, h, w] at the size of the images.
+
+    As two products of matrices, since the gradient of torch's own interpolation is summed in any order on a GPU.
+    """
+    rows, columns = (
+        _stretch(few, many, mode, field.device) for few, many in zip(field.shape[2:], images.shape[2:], strict=True)
+    )
+    return rows @ field @ columns.mT
+
+
+@functools.cache
+def _stretch(few: int, many: int, mode: str, device: torch.device) -> torch.Tensor:
+    """float32 [many, few]: what interpolation, which is linear, makes of each unit vector."""
+    units = torch.eye(few, dtype=torch.float32)[None, None]
+    return F.interpolate(units, (many, few), mode=mode, align_corners=True)[0, 0].to(device)
 
 
 def moved(images: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
@@ -106,7 +120,8 @@ def _patch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
         lambda: draws.uniform(batch, channels, height, width),
         lambda: images[draws.order(len(images))[:batch]],
     )
-    filled = images.lerp(fillings[draws.below(4)]().expand_as(images), 0.4 + 0.6 * draws.uniform(batch, 1, 1, 1))
+    opacity = 0.4 + 0.6 * draws.uniform(batch, 1, 1, 1)  # first: how much the last filling draws depends on the batch
+    filled = images.lerp(fillings[draws.below(4)]().expand_as(images), opacity)
     return torch.where(inside[:, None], filled, images)
 
 
@@ -135,13 +150,11 @@ def _levels(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _tone(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     batch, channels = draws.rows(images), images.shape[1]
-    gamma, contrast = (2 * draws.uniform(2, batch, 1, 1, 1) - 1) * torch.tensor([0.6, 0.5]).view(2, 1, 1, 1, 1).to(
-        images
-    )
+    gamma, contrast = 2 * draws.uniform(2, batch, 1, 1, 1) - 1
     gain, offset = 2 * draws.uniform(2, batch, channels, 1, 1) - 1
-    bent = images.clamp(1e-4, 1) ** gamma.exp()
+    bent = images.clamp(1e-4, 1) ** (0.6 * gamma).exp()
     mean = bent.mean((1, 2, 3), True)
-    return ((bent - mean) * contrast.exp() + mean) * (1 + 0.3 * gain) + 0.15 * offset
+    return ((bent - mean) * (0.5 * contrast).exp() + mean) * (1 + 0.3 * gain) + 0.15 * offset
 
 
 def _noise(images: torch.Tensor, draws: Draws) -> torch.Tensor:

@@ -149,7 +149,7 @@ class Harden(FineTuning):
     def _restoring(
         self, original: nn.Module, flagged: torch.Tensor, corruptions: _Corruptions, hold: float
     ) -> Objective:
-        kept, left_out = (~flagged).nonzero().flatten(), flagged.nonzero().flatten()
+        kept, left_out = (~flagged).nonzero().flatten(), flagged.nonzero().flatten().tolist()
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
@@ -161,7 +161,7 @@ class Harden(FineTuning):
             labels = F.one_hot(y, len(flagged)).float()
             labels = torch.cat([labels[:plain], labels[other].lerp(labels, share.flatten(1))])
             for k in left_out:
-                rest = told.index_fill(1, k, _NEVER).logsumexp(1)
+                rest = torch.cat([told[:, :k], told[:, k + 1 :]], 1).logsumexp(1)
                 loss = loss + F.binary_cross_entropy_with_logits(told[:, k] - rest, labels[:, k])
             hidden = flagged & ~flagged[y[plain:]][:, None]
             drift = _divergence(heard.masked_fill(hidden, _NEVER), held.masked_fill(hidden, _NEVER), 1)

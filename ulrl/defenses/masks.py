@@ -19,7 +19,7 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UserError: there is none.
     """
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
     layers: dict[str, nn.Module] = {
         path: m for path, m in model.named_modules() if isinstance(m, kinds) and m.weight is not None
     }

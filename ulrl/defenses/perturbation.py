@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
+from ulrl.training import in_mode
 
 
 def pixel(data: ImageSet) -> torch.Tensor:
@@ -20,14 +21,11 @@ def pixel(data: ImageSet) -> torch.Tensor:
 def still(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in eval mode and no gradient is computed for its weights."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     for p in trainable:
         p.requires_grad_(False)
     try:
-        yield
+        with in_mode(model, training=False):
+            yield
     finally:
-        for m, training in modes:
-            m.training = training
         for p in trainable:
             p.requires_grad_(True)

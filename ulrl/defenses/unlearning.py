@@ -105,7 +105,9 @@ class Unlearning(Defense):
                 make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma),
                 monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
             )  # fmt: skip
-            if not all(tensor.isfinite().all() for tensor in (*copied.parameters(), *copied.buffers())):
+            given = {name: b for name, b in model.named_buffers() if b.isfinite().all()}  # a mask may hold -inf
+            held = [*copied.parameters(), *(b for name, b in copied.named_buffers() if name in given)]
+            if not all(tensor.isfinite().all() for tensor in held):
                 raise Overflow(f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}; lower its rate")
         except Overflow as overflow:  # of a method that only begins with it, these are no options
             raise UserError(

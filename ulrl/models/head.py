@@ -82,8 +82,8 @@ def _is_linear(convolution: nn.Conv2d) -> bool:
 
 
 def first_input(given: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
-    """What a layer was called with, by place or as `input=`."""
-    return given[0] if given else named["input"]
+    """The first tensor that a layer was called with, by place or by name."""
+    return next(value for value in (*given, *named.values()) if isinstance(value, torch.Tensor))
 
 
 def head_features(given: torch.Tensor) -> torch.Tensor:
