@@ -21,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from bench import release_speed
+from bench.shared_machine import measured
 from bench.training_speed import CHILDREN, ROOT, Line, Profile, memory, training, whole_runs
 from ulrl.attacks.base import ATTACKS
 from ulrl.configure import AttackRun, DefenseRun, configure_defense
@@ -35,9 +37,9 @@ from ulrl.runs.defending import run_defense
 from ulrl.training import TrainOptions
 
 PROFILES = {
-    "smoke": Profile("cpu", 4, 1, 128, 2, (256, 1), (1, 256), 300, 300),
-    "cpu": Profile("cpu", 64, 2, 512, 3, (640, 1), (2, 1000), 10_000, 100_000),
-    "gpu": Profile("cuda", 64, 40, 10_000, 5, (50_000, 20), (20, 19_000), 10_000, 0),
+    "smoke": Profile("cpu", 4, 1, 128, 2, (256, 1), (1, 256), 300, 300, 0.2),
+    "cpu": Profile("cpu", 64, 2, 512, 3, (640, 1), (2, 1000), 10_000, 100_000, 8.0),
+    "gpu": Profile("cuda", 64, 40, 10_000, 5, (50_000, 20), (20, 19_000), 10_000, 0, 8.0),
 }
 
 
@@ -71,6 +73,17 @@ def sweep(profile: Profile) -> Iterator[Line]:
         yield Line(name, unit, [float(done.stdout)], f"{count:,} jobs without work", goal)
 
 
+def side_by_side(profile: Profile) -> Iterator[Line]:
+    """What a second process on another core adds, as of a sweep with --jobs 2: steps a second of both, to one's."""
+    what, ratios = "train 8x8" if profile.width < 16 else "train 32x32", []
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(profile.rounds):
+            rates = pool.map(lambda seconds: measured(what, "sleep", 1, seconds), [profile.seconds] * 2)
+            both = sum(rates)
+            ratios.append(both / measured(what, "sleep", 1, profile.seconds))
+    yield Line("two processes, to one", "ratio", ratios, f"{what}, one thread each", ">= 1.9")
+
+
 def second_defense(profile: Profile) -> Iterator[Line]:
     """The judgement before a repair is kept: the second defense on a record judges the repaired model alone."""
     shares = []
@@ -90,7 +103,7 @@ def second_defense(profile: Profile) -> Iterator[Line]:
     yield Line("second defense: its judging, to the first's", "ratio", shares, "clp, then bnp, on the digits", "0.5")
 
 
-PARTS = (start, sweep, second_defense, memory, training, whole_runs)
+PARTS = (start, sweep, side_by_side, second_defense, memory, training, whole_runs)
 
 
 @contextlib.contextmanager

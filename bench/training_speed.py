@@ -40,7 +40,7 @@ class Profile:
     """How much is run: of training `steps` of 128 images and of evaluation `images`, `rounds` times.
 
     attack: images and epochs of the attack that is timed. ulrl: epochs of each stage, and images judged before and
-    after. jobs: of a sweep that does nothing. files: images of a folder.
+    after. jobs: of a sweep that does nothing. files: images of a folder. seconds: of training in each of two processes.
     """
 
     device: str
@@ -52,6 +52,7 @@ class Profile:
     ulrl: tuple[int, int]
     jobs: int
     files: int
+    seconds: float
 
 
 @dataclass(frozen=True)

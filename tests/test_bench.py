@@ -345,7 +345,7 @@ def test_the_speed_table_has_lines_for_each_part() -> None:
     """Small; what `--profile gpu` does is the same on a CPU. Starting has tests of its own."""
     tiny = replace(speed.PROFILES["smoke"], rounds=1, jobs=20, files=100)
     lines = [line for part in speed.PARTS if part is not speed.start for line in part(tiny)]
-    assert len(lines) == 13
+    assert len(lines) == 14
     for line in lines:
         assert len(line.values) == 1
         assert min(line.values) > 0 or "folder" in line.name
