@@ -14,7 +14,7 @@ import torch
 from ulrl.configure import DetectionRun
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
-from ulrl.detectors.base import Detector
+from ulrl.detectors.base import Detector, Scored
 from ulrl.errors import UserError
 from ulrl.files import whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
@@ -66,7 +66,7 @@ def run_detector(
         )
         with global_stream(run.random_seed, "detect", device):  # dropout draws from torch's own generators
             scored = detector.score(model, suspects, clean, monitor)
-        scores = scored.scores.double().cpu()
+        scores = _scores(scored, detector.name, len(suspects))
         if not scores.isfinite().all():
             raise UserError(f"{detector.name} gave scores that are no numbers; its options do not fit this model")
         judgement = ranking_judgement(scores, poisoned)
@@ -83,6 +83,22 @@ def run_detector(
         }  # fmt: skip
         write_json(folder / "result.json", result)
     return final, result
+
+
+def _scores(scored: Any, name: str, count: int) -> torch.Tensor:
+    """What a detector returned, float64 [count] on the CPU.
+
+    Raises:
+        UserError: it is no `Scored` with a score for each image.
+    """
+    if not isinstance(scored, Scored):
+        raise UserError(f"score() of {name} returned {type(scored).__name__}; let it return Scored(scores)")
+    scores = torch.as_tensor(scored.scores).detach().double().cpu()
+    if scores.shape != (count,):
+        raise UserError(
+            f"score() of {name} gave scores of the shape {tuple(scores.shape)} for {count} images; let it give each one"
+        )
+    return scores
 
 
 def _searched(train: PoisonedSet, clean: torch.Tensor, run: DetectionRun) -> PoisonedSet:
