@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from ulrl.defenses.base import Defense, Repair, Trigger
 from ulrl.detectors.base import Detector, Scored
 from ulrl.errors import UserError
 from ulrl.record import load_record
+from ulrl.runs import attacking
 from ulrl.runs.defending import run_defense
 from ulrl.runs.detecting import run_detector
 from ulrl.training import Monitor
@@ -179,6 +181,7 @@ NEW = [*TINY, "--save_folder_name", "new"]
         (["--patch_mask_path", "garbled.png"], ["--patch_mask_path", "garbled.png"]),
         (["--patch_mask_path", "black.png"], ["--patch_mask_path", "black.png"]),
         (["--patch_mask_path", "."], ["--patch_mask_path"]),
+        (["--patch_mask_path", "whole.png", "--patch_size", "3"], ["--patch_size 3 would have no effect"]),
         (["--dataset", "digit"], ["'digit'", "'digits'"]),
         (["--model", "preactresnet"], ["'preactresnet'", "'preactresnet18'"]),
         (["--lr", "1e30"], ["loss", "learning rate"]),
@@ -206,6 +209,22 @@ def test_a_blended_picture_that_is_not_there(refused: Refused) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model", "preactresnet"], ["'preactresnet'", "'preactresnet18'"]),
+        (["--model", "resnet18", "--width", "8"], ["--width 8", "one width only"]),
+        (["--model", "densenet161", "--width", "7"], ["--width 7", "multiples of 2"]),
+        (["--model", "preactresnet18", "--pretrained"], ["--pretrained"]),
+    ],
+)
+def test_a_net_that_there_is_none_of_is_told_before_the_data_is_read(
+    refused: Refused, argv: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attacking, "load_dataset", lambda *_: pytest.fail("it was read"))
+    refused("attack", ["--dataset", "digits", "--device", "cpu", "--save_folder_name", "new", *argv], *words)
+
+
 def test_an_existing_record_is_left_alone(refused: Refused) -> None:
     refused("attack", [*TINY, "--save_folder_name", "tiny"], "record/tiny", "--overwrite")
 
@@ -231,6 +250,24 @@ def test_an_existing_record_is_left_alone(refused: Refused) -> None:
 )
 def test_repairs_that_cannot_be_run(refused: Refused, argv: list[str], words: list[str]) -> None:
     refused("defense", argv, *words)
+
+
+def test_a_record_that_cannot_be_written_to_is_told_before_the_work(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # see tests/test_files.py
+    refused("defense", REPAIR, "record/tiny cannot be written to", "copy the record")
+
+
+@pytest.mark.parametrize(("code", "mend"), [(errno.EROFS, "copy the record"), (errno.ENOSPC, "make room")])
+def test_what_cannot_be_written_says_the_way_out(code: int, mend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(code, os.strerror(code), "x")
+
+    with pytest.raises(SystemExit) as left:
+        exit_with(command)
+    said = capsys.readouterr()
+    one_line(left.value.code, said.out, said.err, (f"cannot write x: {os.strerror(code)}", mend))
 
 
 def test_yaml_that_contradicts_the_record_is_named(refused: Refused) -> None:
@@ -422,15 +459,15 @@ def start(
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "limit"),
+    ("script", "argv", "limit", "where"),
     [
-        ("attack/badnet.py", [*NEW], 20_000),
-        ("attack/badnet.py", [*TINY, "--save_folder_name", "tiny", "--overwrite"], 0),
-        ("defense/ulrl.py", REPAIR, 20_000),
+        ("attack/badnet.py", [*NEW], 20_000, "record/new"),
+        ("attack/badnet.py", [*TINY, "--save_folder_name", "tiny", "--overwrite"], 0, "record/tiny"),
+        ("defense/ulrl.py", REPAIR, 20_000, "defense_result.pt"),
     ],
     ids=["attack", "overwriting attack", "defense"],
 )
-def test_full_disk(tiny_home: Path, script: str, argv: list[str], limit: int) -> None:
+def test_full_disk(tiny_home: Path, script: str, argv: list[str], limit: int, where: str) -> None:
     """A file that outgrows the limit fails as on a full disk, in the middle of a write."""
     before = tree(tiny_home)
     process = start(script, argv, tiny_home, subprocess.PIPE, limit)
@@ -438,7 +475,7 @@ def test_full_disk(tiny_home: Path, script: str, argv: list[str], limit: int) ->
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    one_line(process.returncode, out.decode(), err.decode(), ("write",))
+    one_line(process.returncode, out.decode(), err.decode(), ("cannot write", where))
     assert tree(tiny_home) == before
 
 

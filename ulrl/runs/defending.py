@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ulrl.configure import DefenseRun
-from ulrl.data.datasets import dataset_spec, load_dataset
+from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
@@ -35,7 +35,7 @@ from ulrl.runs.common import (
     write_index,
     write_result,
 )
-from ulrl.runs.given import check_named, clean_index, result_options, results_folder
+from ulrl.runs.given import check_named, clean_index, record_spec, result_options, results_folder
 from ulrl.runs.judgements import kept
 from ulrl.runs.triggers import TRIGGER_FILE, judge_trigger
 from ulrl.seeds import global_stream
@@ -68,7 +68,7 @@ def run_defense(
     final = results_folder(record, "defense", run.save_folder_name or defense.name)
     check_named(record, run)
     size = record.img_size[:2]
-    spec = dataset_spec(record.dataset, run.dataset_path, size)
+    spec = record_spec(record, run)
     device = pick_device(run.device)
     peak = PeakMemory(device)
     poisoned_test = record.poisoned_test(spec).to(device)

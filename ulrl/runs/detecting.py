@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from ulrl.configure import DetectionRun
-from ulrl.data.datasets import dataset_spec, load_dataset
+from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.detectors.base import Detector, Scored
 from ulrl.errors import UserError
@@ -22,7 +22,7 @@ from ulrl.metrics import ranking_judgement
 from ulrl.models import load_model
 from ulrl.record import Record
 from ulrl.runs.common import log_file, stage_seconds, write_index, write_json
-from ulrl.runs.given import check_named, clean_index, result_options, results_folder
+from ulrl.runs.given import check_named, clean_index, record_spec, result_options, results_folder
 from ulrl.seeds import generator, global_stream
 from ulrl.training import Monitor
 
@@ -44,7 +44,7 @@ def run_detector(
     start = time.perf_counter()
     final = results_folder(record, "detection", run.save_folder_name or detector.name)
     check_named(record, run)
-    spec = dataset_spec(record.dataset, run.dataset_path, record.img_size[:2])
+    spec = record_spec(record, run)
     device = pick_device(run.device)
     peak = PeakMemory(device)
     model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
