@@ -51,7 +51,9 @@ def imported(module: str) -> ModuleType:
     except Exception as error:
         file = str(_file(module))
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        line = error.lineno if isinstance(error, SyntaxError) and error.filename == file else (lines or ["?"])[-1]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines.append(error.lineno)
+        line = lines[-1] if lines else "?"
         raise UserError(
             f"{file}, line {line}: {type(error).__name__}: {error}; mend it, or move the file away"
         ) from error
