@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from torch import nn
 
 from ulrl.cli import attack_main, defense_main
 from ulrl.cli.terminal import exit_with
+from ulrl.configure import DefenseRun, DetectionRun
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses.base import Defense, Repair, Trigger
+from ulrl.detectors.base import Detector, Scored
+from ulrl.errors import UserError
+from ulrl.record import load_record
+from ulrl.runs import attacking
+from ulrl.runs.defending import run_defense
+from ulrl.runs.detecting import run_detector
+from ulrl.training import Monitor
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = {"attack": ("badnet", attack_main), "defense": ("ulrl", defense_main)}
@@ -166,6 +181,7 @@ NEW = [*TINY, "--save_folder_name", "new"]
         (["--patch_mask_path", "garbled.png"], ["--patch_mask_path", "garbled.png"]),
         (["--patch_mask_path", "black.png"], ["--patch_mask_path", "black.png"]),
         (["--patch_mask_path", "."], ["--patch_mask_path"]),
+        (["--patch_mask_path", "whole.png", "--patch_size", "3"], ["--patch_size 3 would have no effect"]),
         (["--dataset", "digit"], ["'digit'", "'digits'"]),
         (["--model", "preactresnet"], ["'preactresnet'", "'preactresnet18'"]),
         (["--lr", "1e30"], ["loss", "learning rate"]),
@@ -193,6 +209,22 @@ def test_a_blended_picture_that_is_not_there(refused: Refused) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model", "preactresnet"], ["'preactresnet'", "'preactresnet18'"]),
+        (["--model", "resnet18", "--width", "8"], ["--width 8", "one width only"]),
+        (["--model", "densenet161", "--width", "7"], ["--width 7", "multiples of 2"]),
+        (["--model", "preactresnet18", "--pretrained"], ["--pretrained"]),
+    ],
+)
+def test_a_net_that_there_is_none_of_is_told_before_the_data_is_read(
+    refused: Refused, argv: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attacking, "load_dataset", lambda *_: pytest.fail("it was read"))
+    refused("attack", ["--dataset", "digits", "--device", "cpu", "--save_folder_name", "new", *argv], *words)
+
+
 def test_an_existing_record_is_left_alone(refused: Refused) -> None:
     refused("attack", [*TINY, "--save_folder_name", "tiny"], "record/tiny", "--overwrite")
 
@@ -218,6 +250,24 @@ def test_an_existing_record_is_left_alone(refused: Refused) -> None:
 )
 def test_repairs_that_cannot_be_run(refused: Refused, argv: list[str], words: list[str]) -> None:
     refused("defense", argv, *words)
+
+
+def test_a_record_that_cannot_be_written_to_is_told_before_the_work(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # see tests/test_files.py
+    refused("defense", REPAIR, "record/tiny cannot be written to", "copy the record")
+
+
+@pytest.mark.parametrize(("code", "mend"), [(errno.EROFS, "copy the record"), (errno.ENOSPC, "make room")])
+def test_what_cannot_be_written_says_the_way_out(code: int, mend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(code, os.strerror(code), "x")
+
+    with pytest.raises(SystemExit) as left:
+        exit_with(command)
+    said = capsys.readouterr()
+    one_line(left.value.code, said.out, said.err, (f"cannot write x: {os.strerror(code)}", mend))
 
 
 def test_yaml_that_contradicts_the_record_is_named(refused: Refused) -> None:
@@ -305,6 +355,88 @@ def test_damaged_poisoned_images(refused: Refused, tiny_home: Path) -> None:
     refused("defense", REPAIR, image.name, "missing")
 
 
+# Methods of the user's own
+
+
+@dataclass(frozen=True)
+class Toy(Defense):
+    """Returns what the test wants."""
+
+    name = "toy"
+    made: Callable[[nn.Module], Any] = Repair
+
+    def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Any:
+        return self.made(model)
+
+
+def by_toy(made: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    run = DefenseRun(result_file="tiny", ratio=0.05, device="cpu", overwrite=True)
+    folder, _ = run_defense(Toy(made=made), load_record("tiny"), run, bar=False)
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_evidence_of_any_kind_costs_no_repair(tiny_home: Path) -> None:
+    odd = {"np": np.float32(0.5), "nan": float("nan"), "inf": torch.tensor(float("inf")), "array": np.eye(2),
+           "tensors": [torch.tensor(3), torch.tensor([1.5, float("nan")], requires_grad=True)], "set": {1},
+           2: Path("a"), "np int": np.int64(7), "yes": np.bool_(True)}  # fmt: skip
+    held = by_toy(lambda model: Repair(model, evidence=odd))["evidence"]
+    assert held == {"np": 0.5, "nan": None, "inf": None, "array": [[1, 0], [0, 1]], "tensors": [3, [1.5, None]],
+                    "set": [1], "2": "a", "np int": 7, "yes": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flagged", [[3, 1], (3, 1), np.array([3, 1]), torch.tensor([3, 1])], ids=lambda f: type(f).__name__
+)
+def test_flagged_is_a_list_of_classes(flagged: Any, tiny_home: Path) -> None:
+    assert by_toy(lambda model: Repair(model, flagged=flagged))["flagged"] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda model: None, "run() of the defense toy returned NoneType"),
+        (lambda model: model, "returned PreActResNet18; let it return Repair(model)"),
+        (lambda model: Repair(None), "returned a Repair without a model"),  # type: ignore[arg-type]
+        (lambda model: Repair(model, flagged=[10]), "the defense toy flagged [10]"),
+        (lambda model: Repair(model, flagged=torch.ones(10) > 0), "flagged [True"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_repair_is_told_and_leaves_nothing(
+    made: Callable[[nn.Module], Any], words: str, tiny_home: Path
+) -> None:
+    before = tree(tiny_home)
+    with pytest.raises(UserError, match=re.escape(words)):
+        by_toy(made)
+    assert tree(tiny_home) == before
+
+
+def test_a_trigger_that_cannot_be_compared_costs_no_repair(tiny_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = Trigger(torch.zeros(1, 5, 5), torch.zeros(3, 5, 5))
+    result = by_toy(lambda model: Repair(model, triggers={0: wrong}))
+    assert "trigger" not in result
+    assert "the trigger that was found is not compared: RuntimeError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("scored", "words"),
+    [
+        (None, "score() of toy returned NoneType"),
+        (Scored(torch.zeros(7)), "score() of toy gave scores of the shape (7,) for 20 images"),
+        (Scored(torch.zeros(20, 1)), "(20, 1) for 20 images"),
+    ],
+)
+def test_what_are_no_scores_is_told(scored: Any, words: str, tiny_home: Path) -> None:
+    class Odd(Detector):
+        name = "toy"
+
+        def score(self, *given: object) -> Any:
+            return scored
+
+    run = DetectionRun(result_file="tiny", ratio=0.05, device="cpu", images=20)
+    with pytest.raises(UserError, match=re.escape(words)):
+        run_detector(Odd(), load_record("tiny"), run, bar=False)
+
+
 # The machine: real processes, started from another folder
 
 
@@ -327,15 +459,15 @@ def start(
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "limit"),
+    ("script", "argv", "limit", "where"),
     [
-        ("attack/badnet.py", [*NEW], 20_000),
-        ("attack/badnet.py", [*TINY, "--save_folder_name", "tiny", "--overwrite"], 0),
-        ("defense/ulrl.py", REPAIR, 20_000),
+        ("attack/badnet.py", [*NEW], 20_000, "record/new"),
+        ("attack/badnet.py", [*TINY, "--save_folder_name", "tiny", "--overwrite"], 0, "record/tiny"),
+        ("defense/ulrl.py", REPAIR, 20_000, "defense_result.pt"),
     ],
     ids=["attack", "overwriting attack", "defense"],
 )
-def test_full_disk(tiny_home: Path, script: str, argv: list[str], limit: int) -> None:
+def test_full_disk(tiny_home: Path, script: str, argv: list[str], limit: int, where: str) -> None:
     """A file that outgrows the limit fails as on a full disk, in the middle of a write."""
     before = tree(tiny_home)
     process = start(script, argv, tiny_home, subprocess.PIPE, limit)
@@ -343,7 +475,7 @@ def test_full_disk(tiny_home: Path, script: str, argv: list[str], limit: int) ->
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    one_line(process.returncode, out.decode(), err.decode(), ("write",))
+    one_line(process.returncode, out.decode(), err.decode(), ("cannot write", where))
     assert tree(tiny_home) == before
 
 

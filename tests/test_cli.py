@@ -112,7 +112,7 @@ def test_a_second_run_of_a_defense_asks_first(tiny_home: Path, capsys: pytest.Ca
             defense_main("ft", [*repair, *more])
         codes.append((left.value.code, json.loads(file.read_text())["seed"]))
     assert codes == [(0, 0), (2, 0), (0, 1)]
-    assert "exists; pass --overwrite" in capsys.readouterr().err
+    assert "exists; pass --overwrite (from Python overwrite=True)" in capsys.readouterr().err
 
     compared = tiny_home / "record" / "tiny" / "defense" / "clp_0.1_seed0" / "result.json"
     times, codes = [], []

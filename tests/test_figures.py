@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fabricated import result, write, write_record
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ulrl.cli import defense_main, main
@@ -86,6 +87,32 @@ def test_a_figure_for_a_column_of_a_paper(figure: str, record: Path, tmp_path: P
     title = "Change of each class"
     assert title not in (tmp_path / "a.svg").read_text()
     assert (title in (tmp_path / "screen.svg").read_text()) == (figure == "ranking")
+
+
+@pytest.mark.parametrize("style", ["screen", "paper"])
+def test_names_of_any_length_stand_beside_the_heat_map(
+    style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(2):
+        long = {f"an_option_of_some_length_{i}": f"/some/where/{i + k}" for i in range(9)}
+        write_record(tmp_path / "record" / f"r{k}", "badnet", {f"d{k}": {"options": long}}, took=bool(k), options=long)
+    drawn: list[Figure] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, *rest: (drawn.append(figure), save(figure, *rest)))
+    plot("heatmap", tmp_path / "record", "--style", style, "--out", tmp_path / "a.png")
+    drawn[0].draw_without_rendering()  # at the resolution that is measured with
+    page, ax = drawn[0].bbox, drawn[0].axes[0]
+    labels = [*ax.get_xticklabels(), *ax.get_yticklabels()]
+    for label in labels:
+        box = label.get_window_extent()
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, label.get_text()
+        assert page.y0 <= box.y0 < box.y1 <= page.y1, label.get_text()
+    assert ax.bbox.width > page.width / 5
+    assert any(label.get_text().split()[-2:] == ["not", "take)"] for label in labels), "the middle is left out"
+
+    write_record(tmp_path / "record" / "wide", "W" * 99, {"W" * 99: {"method": "W" * 99}})
+    plot("heatmap", tmp_path / "record", "--style", style, "--out", tmp_path / "b.png")
+    assert "Warning" not in capsys.readouterr().err
 
 
 def test_ranking_marks_the_true_target_wherever_it_is(tmp_path: Path) -> None:

@@ -495,9 +495,11 @@ def test_from_attack_to_defense(empty_home: Path, tmp_path: Path, capsys: pytest
     code, said = command(defense_main, "ulrl", [*repair, "--dataset_path", str(own)], capsys)
     assert code == 2
     assert "other folder test images" in said.splitlines()[-1]
-    code, said = command(defense_main, "ulrl", repair, capsys)  # the default ./data is no such folder
-    assert code == 2
-    assert "--dataset_path" in said.splitlines()[-1]
+    for classes in ({}, {"leaf": 2, "sky": 2}):  # the default ./data is no such folder, or another one
+        peer.write_folder(empty_home / "data", classes)
+        code, said = command(defense_main, "ulrl", repair, capsys)
+        assert code == 2
+        assert said.splitlines()[-1].endswith("is of your own folder of images; name it with --dataset_path")
 
     larger = attack.replace("--img_size 16", "--img_size 24").split()
     code, said = command(attack_main, "lf", [*larger, "--clean_model", "mine"], capsys)

@@ -10,7 +10,9 @@ from torch import nn
 
 from ulrl.data.datasets import dataset_spec
 from ulrl.data.imageset import ImageSet, PoisonedSet
+from ulrl.defenses.base import Trigger
 from ulrl.metrics import Judgement
+from ulrl.runs import triggers
 from ulrl.runs.judgements import kept
 
 SPEC = dataset_spec("digits")
@@ -81,3 +83,32 @@ def test_without_a_place_to_keep_it_a_run_goes_on(case: Case, tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert case() == FIGURES
     assert case.judged == 2
+
+
+def test_a_found_trigger_is_compared_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than BATCH images as float32 at once; the last part is a smaller one."""
+    draw = torch.Generator().manual_seed(0)
+    clean = ImageSet(torch.randint(200, (43, 1, 8, 8), generator=draw, dtype=torch.uint8), torch.arange(43) % 3, SPEC)
+    at = torch.arange(1, 43, 3)
+    images = clean.images[at].clone()
+    images[:, :, -2:, -2:] = 255
+    images[0, 0, 0, 0] += 1  # in less than a tenth of the images, so it is not of the mask
+    poisoned = PoisonedSet(images, torch.zeros_like(at), SPEC, clean.labels[at], at)
+    mask = torch.zeros(1, 8, 8)
+    mask[:, -2:, -1:] = 1
+    seen: list[int] = []
+
+    def predict(model: nn.Module, data: ImageSet, amp: bool) -> torch.Tensor:
+        assert (data.images[:, 0, -2:, -1] == 255).all()
+        seen.append(len(data))
+        return (data.labels == 1).long() * 2  # class 1 is not turned, class 2 is
+
+    monkeypatch.setattr(triggers, "predict", predict)
+    monkeypatch.setattr(triggers, "BATCH", 5)
+    found = {0: Trigger(mask, torch.ones(1, 8, 8))}
+    judged = triggers.judge_trigger(nn.Identity(), found, [2], clean, poisoned, False, tmp_path / "found.npz")
+    assert judged is not None
+    true, change = (images.float() - clean.images[at]).mean(0), (mask * (255 - clean.images[at].float())).mean(0)
+    cosine = (true * change).sum() / true.norm() / change.norm()
+    assert judged == {"class": 0, "cosine": pytest.approx(cosine.item(), rel=1e-4), "iou": 0.5, "turned": 0.5}
+    assert seen == [5, 5, 5, 5, 5, 3]

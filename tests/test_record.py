@@ -427,6 +427,18 @@ def test_data_of_another_set_is_refused(record: Path) -> None:
     refused(lambda: loaded.poisoned_train(shifted), str(record), "toy")
 
 
+def test_another_test_split_is_refused(record: Path) -> None:
+    """Of the target's class, which the stored images leave out, only the size tells."""
+    loaded, clean = load_record(record), clean_test()
+    loaded.check_test(clean)
+    for other in (
+        clean.subset(torch.arange(peer.N_TEST - 1)),
+        clean.subset(torch.arange(peer.N_TEST + 3) % peer.N_TEST),
+        replace(clean, labels=(clean.labels + 1) % peer.CLASSES),
+    ):
+        refused(lambda other=other: loaded.check_test(other), str(record), "toy test split", "--dataset_path")
+
+
 def opens(folder: Path) -> bool:
     """Whether the record can be read to the last image; if not, a UserError of one line said so."""
     message = ""

@@ -204,6 +204,21 @@ def test_other_options_of_records_are_other_lines_or_told(tmp_path: Path, capsys
     assert "lines average over runs that differ in width, clean_samples" in told
 
 
+def test_a_line_says_what_sets_it_apart_on_its_own_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for dataset, epochs in (("digits", 5), ("digits", 9), ("mnist", 7)):
+        options = {"epochs": epochs, "augment": epochs == 5, "picture": f"Mine/{epochs}.PNG"}
+        write_record(
+            tmp_path / f"{dataset}{epochs}", "badnet", {"ulrl": {"options": options}}, dataset=dataset, options=options
+        )
+    lines = summarise(frame_of_runs(find_runs(tmp_path)[0]), "dataset,model,attack,defense")
+    ours = "augment true, epochs 5, picture Mine/5.PNG"
+    assert set(lines.record_variant) == {ours, ours.replace("true", "false").replace("5", "9"), ""}
+    assert set(lines.record_variant[lines.dataset == "mnist"]) == {""}
+    assert set(lines.variant[lines.dataset == "mnist"]) == {""}
+    pooled = summarise(frame_of_runs(find_runs(tmp_path)[0]), "defense")
+    assert len(set(pooled.variant)) == 4, "no defense, and three that differ"
+
+
 def test_a_backdoor_that_did_not_take_is_told_and_not_ranked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

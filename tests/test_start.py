@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from manners import refused
 
+import ulrl.declared
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import COMMANDS
 from ulrl.configure import AttackRun, DefenseRun, DetectionRun, PreviewRun
@@ -177,6 +182,68 @@ def test_names_are_read_as_they_are() -> None:
 
 def test_what_is_more_than_a_declaration_is_imported() -> None:
     assert declared("ulrl.models.architectures", "ARCHITECTURES") is ARCHITECTURES
+
+
+TOY = """
+from dataclasses import dataclass
+from typing import Optional
+from ulrl.options import option
+from toys import register
+
+@register("{name}")
+@dataclass(frozen=True)
+class Toy:
+    size: {option}
+"""
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of methods with a sound one, `good`, in it."""
+    folder = tmp_path / "toys"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from ulrl.registry import Registry\nTOYS = Registry('toy', 'toys')\n"
+                                        "register = TOYS.register\n")  # fmt: skip
+    (folder / "good.py").write_text(TOY.format(name="good", option="Optional[int] = option(1, 'side')"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ulrl.declared, "_file", lambda module: folder / f"{(module + '.__init__').split('.')[1]}.py")
+    ulrl.declared._module.cache_clear()
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "toys"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            TOY.format(name="mine", option="list[int] = option([1, 2], 'sides')"),
+            "line 10: ValueError: an option's default is",
+        ),
+        (TOY.format(name="mine", option="int = option(1, 'side')") + "import torhc", "line 11: ModuleNotFoundError"),
+        (TOY.format(name="mine", option="int = option(1, 'side')") + "x = (", "line 11: SyntaxError"),
+    ],
+)
+def test_a_broken_method_is_named_and_stops_no_other(text: str, words: str, toys: Path) -> None:
+    (toys / "mine.py").write_text(text)
+    known: Registry[Any] = importlib.import_module("toys").TOYS
+    assert list(known) == ["good", "mine"]
+    assert known["good"].__name__ == "Toy"
+    refused(lambda: known["mine"], f"{toys / 'mine.py'}, {words}", "mend it")
+    if "SyntaxError" in words or "ValueError" in words:  # what is read off the text does not do
+        refused(lambda: declared("toys.mine", "Toy"), f"{toys / 'mine.py'}, {words}")
+
+
+def test_two_methods_of_one_name_are_told(toys: Path) -> None:
+    shutil.copy(toys / "good.py", toys / "mine.py")
+    refused(lambda: importlib.import_module("toys").TOYS["good"], "registers 'good'", "give one of them another name")
+
+
+@pytest.mark.parametrize("option", ["list[int] = option((1, 2), 'sides')", "object = option(1, 'side')"])
+def test_an_option_of_a_type_that_no_flag_has_is_told(option: str, toys: Path) -> None:
+    (toys / "mine.py").write_text(TOY.format(name="mine", option=option))
+    refused(lambda: Schema(declared("toys.mine", "Toy")), "the option size of Toy", "tuple[int, ...]")
+    assert Schema(declared("toys.good", "Toy")).hints == {"size": int | None}, "of a type that the file imports"
 
 
 @pytest.mark.parametrize("command", ["attack", "defense", "preview", "compare", "show", "detect", "inspect", "convert"])

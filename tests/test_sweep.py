@@ -150,6 +150,10 @@ def test_another_folder_of_images_is_another_record(empty_home: Path) -> None:
             Image.new("RGB", (16, 16)).save(Path(folder, part, "0.png"))
     assert name("photos") != name("drawings")
     assert name("photos") == name(Path("photos").resolve())
+    attacks = "attacks: {attack: badnet, dataset: folder, dataset_path: photos, img_size: 16}\n"
+    for given, path in (("", "photos"), (", dataset_path: drawings", "drawings")):
+        jobs = read_sweep(written(f"{attacks}defenses: {{defense: ft{given}}}"))
+        assert [job.run.dataset_path for job in jobs] == ["photos", path], "a defense reads what its attack read"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +180,8 @@ def test_another_folder_of_images_is_another_record(empty_home: Path) -> None:
         ("attacks: {attack: badnet, dataset: digits, exclude: [{attack: [[sig]]}]}", ("['sig']", "exclude")),
         ("attacks: {attack: badnet, dataset: digits, exclude: [{model: preactresnet18}]}", ("'model'", "exclude")),
         ("attacks: {attack: badnet, dataset: digits, model: vgg19, exclude: [{model: vgg}]}", ("'vgg'", "vgg")),
+        ("attacks: {attack: badnet, dataset: digits, model: vgg}", ("unknown model 'vgg'",)),
+        ("attacks: {attack: badnet, dataset: digits, model: resnet18, width: 8}", ("--width 8", "one width only")),
         ("attacks: {attack: badnet, dataset: digits, overrides: [{attack: sig}]}", ("overrides", "where")),
         ("attacks: {attack: badnet, dataset: digits}\ndefenses: {defense: ft, model: vgg}", ("model", "record's")),
         ("attacks: {attack: badnet, dataset: digits}\ndefenses: {ratio: 0.1}", ("defense", "missing")),
@@ -382,7 +388,8 @@ def test_a_real_sweep_from_the_command_line(empty_home: Path, capfd: pytest.Capt
     code, listed = ulrl("--dry_run")
     assert code == 0
     assert listed.count("queued") == 3
-    assert not list(empty_home.rglob("result.json"))
+    assert "3 queued" in ulrl("--status")[1]
+    assert not list(empty_home.iterdir()), "looking writes nothing"
     code, said = ulrl("--jobs", "2")
     assert code == 0, said
     assert "3 runs: 3 done" in said

@@ -12,28 +12,65 @@ import dataclasses
 import functools
 import importlib
 import re
+import traceback
+import typing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from ulrl.errors import UserError
 
 LIGHT = ("ulrl.options", "dataclasses", "typing", "collections.abc", "pathlib")  # imported as they are
 REGISTERED = re.compile(r'^@(?:\w+\.)?register\("([^"]+)"\)\n(?:@.*\n)*class (\w+)', re.M)
 
 
 def declared(module: str, name: str) -> Any:
-    """The constant, or the class as a dataclass of its fields alone, of that name in a module."""
+    """The constant, or the class as a dataclass of its fields alone, of that name in a module.
+
+    Raises:
+        UserError: as `imported`.
+    """
     try:
-        return _module(module).value(name)
+        value = _module(module).value(name)
+        if isinstance(value, type):
+            typing.get_type_hints(value)  # of types that the module imports, they are not known here
+        return value
     except Exception:  # whatever stands there that is more than a declaration
-        return getattr(importlib.import_module(module), name)
+        return getattr(imported(module), name)
+
+
+def imported(module: str) -> ModuleType:
+    """
+    Raises:
+        UserError: it cannot be imported, as a method that is being written; the message says where it fails.
+    """
+    try:
+        return importlib.import_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        file = str(_file(module))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines.append(error.lineno)
+        line = lines[-1] if lines else "?"
+        raise UserError(
+            f"{file}, line {line}: {type(error).__name__}: {error}; mend it, or move the file away"
+        ) from error
 
 
 def methods(package: str) -> dict[str, tuple[str, str]]:
-    """The registered classes of a package, by the name that users type: (module, class)."""
-    found = {
-        name: (f"{package}.{file.stem}", cls)
-        for file in _file(package).parent.glob("*.py")
-        for name, cls in REGISTERED.findall(file.read_text(encoding="utf-8"))
-    }
+    """The registered classes of a package, by the name that users type: (module, class).
+
+    Raises:
+        UserError: two have the same name.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for file in _file(package).parent.glob("*.py"):
+        for name, cls in REGISTERED.findall(file.read_text(encoding="utf-8")):
+            if name in found:
+                raise UserError(f"{file} registers {name!r}, as {found[name][0]} does; give one of them another name")
+            found[name] = (f"{package}.{file.stem}", cls)
     return dict(sorted(found.items()))
 
 

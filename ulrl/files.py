@@ -22,6 +22,7 @@ from ulrl.errors import UserError
 from ulrl.untrusted.opening import kind
 
 LOCK_PATIENCE = 1800.0  # seconds
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -131,7 +135,8 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
             _remove(replaced)
             os.replace(folder, replaced)
         os.replace(partial, folder)
-    except BaseException:
+    except BaseException as error:
+        _name(error, folder)
         _take_back(replaced, folder)
         if _is_at(partial, lock):
             _empty(partial, keep)
@@ -153,12 +158,18 @@ def clear_away(folder: Path, keep: str = "") -> None:
             raise InterruptedError
 
 
+def _name(error: BaseException, written: Path) -> None:
+    """Say what was written when the disk was full: the system names no file then."""
+    if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+        error.filename = str(written)
+
+
 def _partial(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
 def _exists(folder: Path) -> UserError:
-    return UserError(f"{folder} exists; pass --overwrite to replace it, or move it away")
+    return UserError(f"{folder} exists; pass --overwrite (from Python overwrite=True) to replace it, or move it away")
 
 
 def open_lock(path: Path) -> TextIO:

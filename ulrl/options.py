@@ -50,7 +50,12 @@ def option(
 
     `source` says where the default comes from (a paper, BackdoorBench, ours) and is shown by --help.
     `low` and `high` are inclusive bounds.
+
+    Raises:
+        ValueError: a default that could be changed in place.
     """
+    if isinstance(default, (list, dict, set)):
+        raise ValueError(f"an option's default is a number, a text, None or a tuple, and no {type(default).__name__}")
     about = {"help": help, "source": source, "choices": choices, "low": low, "high": high}
     return field(default=default, metadata=about)
 
@@ -73,6 +78,9 @@ class Schema:
 
     A class may name keys of BackdoorBench's as `ignored`, those without a meaning for it; a field so named keeps its
     default.
+
+    Raises:
+        UserError: an option of a type that no flag can have.
     """
 
     def __init__(self, *classes: type) -> None:
@@ -85,6 +93,11 @@ class Schema:
                 if f.metadata and f.name not in getattr(cls, "ignored", ()):
                     self.fields.setdefault(f.name, f)
                     self.hints.setdefault(f.name, hints[f.name])
+                    if _kinds(hints[f.name])[0] not in (bool, int, float, str, tuple):
+                        raise UserError(
+                            f"the option {f.name} of {cls.__name__} is a {hints[f.name]}; let it be a bool, int, float "
+                            "or str, one of these | None, or a tuple[int, ...] or tuple[float, ...]"
+                        )
 
     def flags(self, argv: Sequence[str], prog: str, description: str) -> dict[str, Any]:
         """The flags given in `argv`, converted. No defaults are filled in.

@@ -97,18 +97,19 @@ class Record:
         return torch.empty(0, dtype=torch.int64) if (state := self.bd_train) is None else state.indices[~state.cover]
 
     def check_test(self, clean: ImageSet) -> None:
-        """Raises UserError if a folder of the user's is not the one that the record was made from.
+        """Raises UserError if `clean`, a whole clean test split, is not the one that the record was made from.
 
-        The clean test split tells: its size, its labels and, where the record has it, its digest. So does one that is
-        divided anew, as images were added. A published data set is told by its name.
+        Its size and the true labels of the triggered images tell, at their places in it. (These leave the target's
+        class out, of which all that is known is where it is not.) Of a folder of the user's, which is divided anew as
+        images are added, the digest does, too, where the record has it; the pixels of a published data set may be
+        decoded otherwise elsewhere.
         """
-        if self.dataset == "folder":
-            self._check_split(self.bd_test, clean, "test")
-            if self.clean_test not in (None, clean.digest()):
-                raise UserError(
-                    f"{self.folder} was made from other {clean.spec.name} test images; point --dataset_path to the "
-                    "data it was made from, as it was"
-                )
+        self._check_split(self.bd_test, clean, "test")
+        if self.dataset == "folder" and self.clean_test not in (None, clean.digest()):
+            raise UserError(
+                f"{self.folder} was made from other {clean.spec.name} test images; point --dataset_path to the "
+                "data it was made from, as it was"
+            )
 
     def _check_split(self, state: PoisonState, clean: ImageSet, split: str) -> None:
         if len(clean) != len(state.indicator) or not torch.equal(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
+from ulrl.declared import imported, methods
 from ulrl.errors import UserError
 
 T = TypeVar("T")
@@ -16,8 +15,8 @@ T = TypeVar("T")
 class Registry(Mapping[str, type[T]], Generic[T]):
     """Maps a method's name, as users type it, to its class.
 
-    The modules of `package` are imported at the first look-up, so a new file registers itself and
-    no list has to be edited.
+    The files of `package` are looked through for names, so no list has to be edited, and a method's own is imported at
+    the first look-up, so that one which is broken stops no other.
     """
 
     def __init__(self, kind: str, package: str) -> None:
@@ -37,23 +36,18 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
         return enter
 
-    def _load(self) -> dict[str, type[T]]:
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
-        return self._classes
-
     def __getitem__(self, name: str) -> type[T]:
-        classes = self._load()
-        if name not in classes:
-            raise UserError(f"unknown {self.kind} {name!r}{nearest(name, classes)}")
-        return classes[name]
+        if name not in self._classes:
+            if name not in (files := methods(self._package)):
+                raise UserError(f"unknown {self.kind} {name!r}{nearest(name, list(self))}")
+            imported(files[name][0])
+        return self._classes[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._load()))
+        return iter(sorted({*methods(self._package), *self._classes}))
 
     def __len__(self) -> int:
-        return len(self._load())
+        return len(list(iter(self)))
 
 
 def nearest(name: str, known: Mapping[str, object] | list[str]) -> str:

@@ -36,6 +36,11 @@ class BadNet(Attack):
         if side > min(spec.height, spec.width):
             raise UserError(f"--patch_size {side} is larger than the {spec.height}x{spec.width} images")
         if self.patch_mask_path:
+            if self.patch_size is not None:
+                raise UserError(
+                    f"--patch_size {self.patch_size} would have no effect: the patch is --patch_mask_path's; leave out "
+                    "one of them"
+                )
             patch = self._patch(torch.empty(1, *_chw(spec)))
             if not patch.any():
                 raise UserError(f"--patch_mask_path {self.patch_mask_path} is all zero, so it changes nothing")

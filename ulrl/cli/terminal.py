@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -87,7 +88,11 @@ def exit_with(command: Callable[[], None]) -> NoReturn:
         if error.errno is None:
             raise
         where = f" {error.filename}" if error.filename else ""
-        _fail(f"cannot write{where}: {error.strerror}; make room or choose another place, then run again", 2)
+        closed = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        mend = (
+            "make it writable, or copy the record to a place that is" if closed else "make room or choose another place"
+        )
+        _fail(f"cannot write{where}: {error.strerror}; {mend}, then run again", 2)
     sys.exit(0)
 
 

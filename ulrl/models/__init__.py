@@ -30,6 +30,20 @@ def build_model(
     torchvision's ImageNet weights.
 
     Raises:
+        UserError: as `architecture_of`.
+    """
+    architecture, width = architecture_of(name, width, pretrained=pretrained)
+    with global_stream(seed, stream):
+        model = architecture.build(num_classes, channels, width)
+    if pretrained:
+        load_imagenet(model, name, architecture, num_classes)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def architecture_of(name: str, width: int | None = None, *, pretrained: bool = False) -> tuple[Architecture, int]:
+    """What `build_model` builds from, and how wide: to be asked before any work.
+
+    Raises:
         UserError: unknown name, a width that it cannot have, weights that there are not.
     """
     architecture = _architecture(name)
@@ -43,11 +57,7 @@ def build_model(
         known = ", ".join(k for k, a in ARCHITECTURES.items() if a.imagenet)
         raise UserError(f"--pretrained: there are no weights for {name} of width {width}; there are for {known}, "
                         "without --width")  # fmt: skip
-    with global_stream(seed, stream):
-        model = architecture.build(num_classes, channels, width)
-    if pretrained:
-        load_imagenet(model, name, architecture, num_classes)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return architecture, width
 
 
 def load_model(

@@ -5,9 +5,11 @@ paper: for a column of a paper: 3.3 inches wide, no title, and no text below 7 p
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -16,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from ulrl.errors import UserError
+from ulrl.errors import UserError, one_line
 from ulrl.report.frame import NO_DEFENSE
 from ulrl.report.looks import BLUE, GREY, ORANGE, PALETTE, SHAPES, looks_of
 from ulrl.report.pooling import in_order, summarise
@@ -221,7 +223,14 @@ def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str, paper: boo
     if paper and len(table.columns) > len(table):
         table = table.T
     across, down = len(table.columns), len(table)
-    size = (PAPER_WIDTH, 0.9 + 0.17 * down) if paper else (1.6 + 0.62 * across, 1.2 + 0.34 * down)
+    beside = [_folded(str(name), 18, 48) if paper else _folded(str(name), 36, 96) for name in table.index]
+    below = [_folded(str(name), 28, 28) if paper else _folded(str(name), 36, 72) for name in table.columns]
+    # Names of any length and number of lines find their room around the cells: in inches at 7 or 8 points.
+    letter, line = (0.055, 0.11) if paper else (0.065, 0.13)
+    longest = letter * max(len(part) for name in below for part in name.split("\n"))
+    room = max(letter * max(len(part) for name in beside for part in name.split("\n")), 0.8 * longest)
+    cell = max(0.17 if paper else 0.34, line * (1 + max(name.count("\n") for name in beside)) + 0.04)
+    size = (PAPER_WIDTH if paper else 1.2 + room + 0.62 * across, 0.6 + 0.8 * longest + cell * down)
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
     ax.set_facecolor("white")
@@ -234,13 +243,18 @@ def heatmap(path: Path, runs: pd.DataFrame, metric: str, format: str, paper: boo
             colour = "black" if value > 47 else "white"  # where both are read as well
             ax.text(j + 0.5, i + 0.5, f"{value:.{places}f}", ha="center", va="center", fontsize=7, color=colour)
     ticks = np.arange(across) + 0.5
-    ax.set_xticks(ticks, map(_plain, table.columns), rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-    ax.set_yticks(np.arange(down) + 0.5, map(_plain, table.index), fontsize=8)
+    ax.set_xticks(ticks, below, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    ax.set_yticks(np.arange(down) + 0.5, beside, fontsize=8)
     ax.tick_params(length=0)
     ax.invert_yaxis()
     bar = figure.colorbar(mesh, ax=ax, label=f"{metric.upper()} %", shrink=0.8, pad=0.02, aspect=30 if paper else 20)
     bar.solids.set(rasterized=False, edgecolor="face")  # type: ignore[union-attr]
-    _save(figure, path, format, paper)
+    _save(figure, path, format, paper, None if paper else "tight")
+
+
+def _folded(name: str, width: int, longest: int) -> str:
+    """A name in lines of `width` letters; of one that is longer than `longest`, the middle is left out."""
+    return "\n".join(map(_plain, textwrap.wrap(one_line(name, longest), width))) or " "
 
 
 def _beside(line: pd.Series, columns: Sequence[str], failed: bool = True) -> str:
@@ -298,9 +312,16 @@ def _plain(text: str) -> str:
     return " " * text.startswith("_") + printable(text).replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path, format: str = "png", paper: bool = False) -> None:
+def _save(
+    figure: Figure, path: Path, format: str = "png", paper: bool = False, box: Literal["tight"] | None = None
+) -> None:
+    """box: tight, where names of wide letters may want more room than there is."""
     if paper:
         for text in figure.findobj(Text):
             text.set_fontsize(PAPER_FONT)
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):  # text stays text
-        figure.savefig(path, dpi=300 if paper or format != "png" else 110, format=format)
+    with (
+        matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}),
+        warnings.catch_warnings(),
+    ):  # text stays text
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
+        figure.savefig(path, dpi=300 if paper or format != "png" else 110, format=format, bbox_inches=box)

@@ -26,11 +26,12 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     the same options. Records whose backdoor is known not to have taken have lines of their own. Without `defense`,
     only repairs count: what was not defended, and what the test set chose, is never averaged with them.
 
-    Columns: the keys; variant and record_variant, the options by which a line differs from another ("" where none
-    does); oracle, repairs and failed (bool; the last: no backdoor took); n (runs), records (that they are of), rivalry
-    (the same number for rivals), block (records that any of these was run on), ranked (bool), repeats (runs left out),
-    over (what differs within the line); and for each of FIGURES <figure>_mean, _std (over the records; of one record,
-    over its runs; NaN for one) and _n (the runs in which it is known).
+    Columns: the keys; variant and record_variant, the options by which a line differs from another, of the same data
+    set and model where these are keys ("" where none does); oracle, repairs and failed (bool; the last: no backdoor
+    took); n (runs), records (that they are of), rivalry (the same number for rivals), block (records that any of these
+    was run on), ranked (bool), repeats (runs left out), over (what differs within the line); and for each of FIGURES
+    <figure>_mean, _std (over the records; of one record, over its runs; NaN for one) and _n (the runs in which it is
+    known).
 
     Raises:
         UserError: an unknown key.
@@ -40,10 +41,16 @@ def summarise(frame: pd.DataFrame, by: str) -> pd.DataFrame:
         frame = frame[(frame.kind == "defense") & frame.repairs & ~frame.oracle]
     of_line = ["settings"] if "defense" in keys else []
     of_block = ["record_settings"] if {"dataset", "model", "attack"} <= {*keys} else []
+    places = [frame[key] for key in ("dataset", "model") if key in keys]
+
+    def within(method: pd.Series) -> pd.Series:
+        alike = [json.dumps(parts) for parts in zip(*places, method.fillna(""), strict=True)]
+        return pd.Series(alike, frame.index, dtype="object")
+
     frame = frame.assign(
         failed=frame.took.eq(False).fillna(False).astype(bool),
-        variant=variants(frame.defense.str.removesuffix(ORACLE), frame.settings, keys) if of_line else "",
-        record_variant=variants(frame.attack, frame.record_settings, keys) if of_block else "",
+        variant=variants(within(frame.defense.str.removesuffix(ORACLE)), frame.settings, keys) if of_line else "",
+        record_variant=variants(within(frame.attack), frame.record_settings, keys) if of_block else "",
     )
     blocks = [key for key in keys if key != "defense"] + [*of_block, "failed"]
     ratios = frame.ratio[frame.kind == "defense"]  # unknown where the samples were listed
@@ -98,9 +105,8 @@ def _figures(runs: pd.DataFrame) -> dict[str, Any]:
 def variants(method: pd.Series, settings: pd.Series, shown: Collection[str]) -> pd.Series:
     """For each row the options by which its method's settings differ, such as "epochs 5, lr 0.1"; "" where none do.
 
-    settings: JSON. shown: options that the reader sees elsewhere.
+    method: texts, the same for rows that are compared. settings: JSON. shown: options that the reader sees elsewhere.
     """
-    method = method.fillna("")
     labels: dict[tuple[str, str], str] = {}
     for name, own in settings.groupby(method):
         different = own.unique()
@@ -122,7 +128,9 @@ def _differing(settings: Iterable[str], hidden: Collection[str] = ()) -> list[st
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+    if isinstance(value, bool):
+        return str(value).lower()  # as in YAML
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _varying(runs: pd.DataFrame, keys: list[str], alike: bool) -> str:

@@ -27,7 +27,7 @@ from ulrl.errors import UserError
 from ulrl.files import home, save_torch, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import TOOK, Judgement, perceptibility, took
-from ulrl.models import build_model, load_model
+from ulrl.models import architecture_of, build_model, load_model
 from ulrl.record import load_record
 from ulrl.record_writer import write_record
 from ulrl.runs.common import (
@@ -210,7 +210,8 @@ def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar:
 
 
 def _spec(run: PreviewRun) -> DatasetSpec:
-    """The facts of the data set that the user named."""
+    """The facts of the data set that the user named, with a net that there is."""
+    architecture_of(run.model, run.width, pretrained=run.pretrained)
     spec = dataset_spec(run.dataset, run.dataset_path, run.img_size)
     if run.img_size and run.dataset != "folder":
         raise UserError(

@@ -7,15 +7,16 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from ulrl.configure import DefenseRun
-from ulrl.data.datasets import dataset_spec, load_dataset
+from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Defense, Repair
 from ulrl.errors import UserError
@@ -28,12 +29,13 @@ from ulrl.record_writer import write_defense_result
 from ulrl.runs.common import (
     EpochJudge,
     log_file,
+    plain,
     stage_seconds,
     timed_judge,
     write_index,
     write_result,
 )
-from ulrl.runs.given import check_named, clean_index, result_options, results_folder
+from ulrl.runs.given import check_named, clean_index, record_spec, result_options, results_folder
 from ulrl.runs.judgements import kept
 from ulrl.runs.triggers import TRIGGER_FILE, judge_trigger
 from ulrl.seeds import global_stream
@@ -66,7 +68,7 @@ def run_defense(
     final = results_folder(record, "defense", run.save_folder_name or defense.name)
     check_named(record, run)
     size = record.img_size[:2]
-    spec = dataset_spec(record.dataset, run.dataset_path, size)
+    spec = record_spec(record, run)
     device = pick_device(run.device)
     peak = PeakMemory(device)
     poisoned_test = record.poisoned_test(spec).to(device)
@@ -95,10 +97,10 @@ def run_defense(
             record.model_name, model, clean_test, poisoned_test, defense.amp,
         )  # fmt: skip
         with global_stream(run.random_seed, "repair", device):  # dropout draws from torch's own generators
-            repair = defense.run(model, given, monitor)
+            repair = _checked(defense.run(model, given, monitor), defense.name, record.num_classes)
         after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
         if not repair.flagged and (policy := repair.evidence.get("on_empty")):
-            log.warning("%s found no suspicious class%s", defense.name, ON_EMPTY[policy])
+            log.warning("%s found no suspicious class%s", defense.name, ON_EMPTY.get(policy, ""))
 
         write_defense_result(
             folder / "defense_result.pt", model_name=record.model_name, num_classes=record.num_classes,
@@ -120,9 +122,13 @@ def run_defense(
         }  # fmt: skip
         if repair.triggers:  # judged on the record's own model, which may have been changed in place
             model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
-            result["trigger"] = judge_trigger(
-                model, repair.triggers, repair.flagged, clean_test, poisoned_test, defense.amp, folder / TRIGGER_FILE
-            )
+            try:
+                result["trigger"] = judge_trigger(
+                    model, repair.triggers, repair.flagged, clean_test, poisoned_test, defense.amp,
+                    folder / TRIGGER_FILE,
+                )  # fmt: skip
+            except Exception as error:  # what a comparison lacks costs no repair
+                log.warning("the trigger that was found is not compared: %s: %s", type(error).__name__, error)
         if run.report_oracle:
             result["oracle"] = _oracle(repair, before, clean_test, poisoned_test, defense, folder)
         write_result(folder, result, draw)
@@ -153,6 +159,23 @@ def run_once(
                 log.info("%s is there already, and was not run again", folder)
                 return folder, False
     return run_defense(defense, record, run, bar=bar, draw=draw)[0], True
+
+
+def _checked(repair: Any, name: str, num_classes: int) -> Repair:
+    """What a defense returned, `flagged` as a list of int.
+
+    Raises:
+        UserError: it is no `Repair` of a model, or flags what is no class.
+    """
+    if not isinstance(repair, Repair) or not isinstance(repair.model, nn.Module):
+        what = "a Repair without a model" if isinstance(repair, Repair) else type(repair).__name__
+        raise UserError(f"run() of the defense {name} returned {what}; let it return Repair(model)")
+    flagged = plain(repair.flagged)
+    if not isinstance(flagged, list) or not all(type(k) is int and 0 <= k < num_classes for k in flagged):
+        raise UserError(
+            f"run() of the defense {name} flagged {flagged}, which is no list of classes below {num_classes}; mend it"
+        )
+    return replace(repair, flagged=flagged)
 
 
 def _target(poisoned: PoisonedSet) -> int | None:

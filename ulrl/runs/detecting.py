@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from ulrl.configure import DetectionRun
-from ulrl.data.datasets import dataset_spec, load_dataset
+from ulrl.data.datasets import load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
-from ulrl.detectors.base import Detector
+from ulrl.detectors.base import Detector, Scored
 from ulrl.errors import UserError
 from ulrl.files import whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
@@ -22,7 +22,7 @@ from ulrl.metrics import ranking_judgement
 from ulrl.models import load_model
 from ulrl.record import Record
 from ulrl.runs.common import log_file, stage_seconds, write_index, write_json
-from ulrl.runs.given import check_named, clean_index, result_options, results_folder
+from ulrl.runs.given import check_named, clean_index, record_spec, result_options, results_folder
 from ulrl.seeds import generator, global_stream
 from ulrl.training import Monitor
 
@@ -44,7 +44,7 @@ def run_detector(
     start = time.perf_counter()
     final = results_folder(record, "detection", run.save_folder_name or detector.name)
     check_named(record, run)
-    spec = dataset_spec(record.dataset, run.dataset_path, record.img_size[:2])
+    spec = record_spec(record, run)
     device = pick_device(run.device)
     peak = PeakMemory(device)
     model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)
@@ -66,7 +66,7 @@ def run_detector(
         )
         with global_stream(run.random_seed, "detect", device):  # dropout draws from torch's own generators
             scored = detector.score(model, suspects, clean, monitor)
-        scores = scored.scores.double().cpu()
+        scores = _scores(scored, detector.name, len(suspects))
         if not scores.isfinite().all():
             raise UserError(f"{detector.name} gave scores that are no numbers; its options do not fit this model")
         judgement = ranking_judgement(scores, poisoned)
@@ -83,6 +83,22 @@ def run_detector(
         }  # fmt: skip
         write_json(folder / "result.json", result)
     return final, result
+
+
+def _scores(scored: Any, name: str, count: int) -> torch.Tensor:
+    """What a detector returned, float64 [count] on the CPU.
+
+    Raises:
+        UserError: it is no `Scored` with a score for each image.
+    """
+    if not isinstance(scored, Scored):
+        raise UserError(f"score() of {name} returned {type(scored).__name__}; let it return Scored(scores)")
+    scores = torch.as_tensor(scored.scores).detach().double().cpu()
+    if scores.shape != (count,):
+        raise UserError(
+            f"score() of {name} gave scores of the shape {tuple(scores.shape)} for {count} images; let it give each one"
+        )
+    return scores
 
 
 def _searched(train: PoisonedSet, clean: torch.Tensor, run: DetectionRun) -> PoisonedSet:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ulrl.configure import RecordRun, options_of
-from ulrl.data.datasets import clean_subset
+from ulrl.data.datasets import clean_subset, dataset_spec
+from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.files import find_input
 from ulrl.record import Record
@@ -28,11 +30,29 @@ def check_named(record: Record, run: RecordRun) -> None:
             )
 
 
+def record_spec(record: Record, run: RecordRun) -> DatasetSpec:
+    """The facts of the record's data set, as it lies where the user says.
+
+    Raises:
+        UserError: it is of a folder of the user's own that was not named, or is none.
+    """
+    unnamed = record.dataset == "folder" and run.dataset_path == RecordRun.dataset_path
+    try:
+        spec = dataset_spec(record.dataset, run.dataset_path, record.img_size[:2])
+    except UserError:
+        if not unnamed:
+            raise
+    else:
+        if not unnamed or spec.num_classes == record.num_classes:
+            return spec
+    raise UserError(f"the record {record.name} is of your own folder of images; name it with --dataset_path")
+
+
 def results_folder(record: Record, kind: str, name: str) -> Path:
     """Where the results of that name go: below `kind`, a folder of the record; asked before the work.
 
     Raises:
-        UserError: the name is not plain, or one of the folders is a link.
+        UserError: the name is not plain, one of the folders is a link, or they cannot be written to.
     """
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
@@ -40,6 +60,11 @@ def results_folder(record: Record, kind: str, name: str) -> Path:
     for place in (final.parent, final):
         if place.is_symlink():  # a downloaded record could lead the writing anywhere
             raise UserError(f"{place} is a link, and results are written into the record only; remove it")
+    within = final.parent if final.parent.exists() else record.folder
+    if not os.access(within, os.W_OK):
+        raise UserError(
+            f"{within} cannot be written to, and results go into the record; copy the record, and name the copy"
+        )
     return final
 
 

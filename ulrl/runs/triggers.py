@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -16,6 +17,7 @@ from ulrl.training import predict
 
 TRIGGER_FILE = "trigger.npz"  # in a defense's folder: the true and the found trigger, to be drawn
 TOUCHED = 0.1  # share of the images in which a pixel of the true trigger's mask differs
+BATCH = 500  # images that are held as float32 at once
 
 
 def judge_trigger(
@@ -33,20 +35,30 @@ def judge_trigger(
     targets = poisoned.labels.unique().tolist()
     if not triggers or len(targets) != 1:
         return None
-    of = targets[0] if targets[0] in triggers else (flagged or sorted(triggers))[0]
-    found, originals = triggers[of], clean.images[poisoned.original_indices]
-    mask, pattern = found.mask.to(clean.device), found.pattern.to(clean.device)
-    true = poisoned.images.float() - originals
-    true_mask = (true != 0).any(1).float().mean(0) > TOUCHED
-    change = (mask * (pattern * 255 - originals)).mean(0)
-    cosine = F.cosine_similarity(true.mean(0).flatten(), change.flatten(), dim=0).item()
+    of = next((k for k in (*targets, *flagged) if k in triggers), min(triggers))
+    mask, pattern = triggers[of].mask.to(clean.device), triggers[of].pattern.to(clean.device)
+
+    def added(images: torch.Tensor) -> torch.Tensor:
+        return mask * (pattern * 255 - images)
+
+    true, change, touched = (torch.zeros_like(pattern) for _ in range(3))  # sums over the images, [C, H, W]
+    for part in torch.arange(len(poisoned), device=clean.device).split(BATCH):
+        originals = clean.images[poisoned.original_indices[part]].float()
+        differs = poisoned.images[part] - originals
+        true += differs.sum(0)
+        change += added(originals).sum(0)
+        touched += (differs != 0).any(1, keepdim=True).sum(0)
+    true_mask = touched[0] > TOUCHED * len(poisoned)
+    cosine = F.cosine_similarity(true.flatten(), change.flatten(), dim=0).item()
     both, either = ((m := mask[0] >= 0.5) & true_mask).sum().item(), (m | true_mask).sum().item()
-    others = clean.subset((clean.labels != of).nonzero().flatten())
-    stamped = (others.images + mask * (pattern * 255 - others.images)).round_().clamp_(0, 255).byte()
-    turned = predict(model, ImageSet(stamped, others.labels, others.spec), amp) == of
+    turned = []
+    for part in (clean.labels != of).nonzero().flatten().split(BATCH):
+        others = clean.subset(part)
+        stamped = (others.images + added(others.images)).round_().clamp_(0, 255).byte()
+        turned.append(predict(model, ImageSet(stamped, others.labels, others.spec), amp) == of)
     np.savez_compressed(
-        file, clean=originals[0].cpu().numpy(), poisoned=poisoned.images[0].cpu().numpy(),
+        file, clean=clean.images[poisoned.original_indices[0]].cpu().numpy(), poisoned=poisoned.images[0].cpu().numpy(),
         true_mask=true_mask.cpu().numpy(), mask=mask[0].cpu().numpy(),
         pattern=(pattern * 255).round().clamp(0, 255).byte().cpu().numpy(),
     )  # fmt: skip
-    return {"class": of, "cosine": cosine, "iou": both / either if either else 0.0, "turned": share(turned)}
+    return {"class": of, "cosine": cosine, "iou": both / either if either else 0.0, "turned": share(torch.cat(turned))}

@@ -56,6 +56,7 @@ class RayEngine:
         self._by_value = by_value
         seen = [file for file in sweep_folder().glob("*.seen") if not file.is_symlink()]
         self._token = seen[0] if seen else sweep_folder() / f"{uuid.uuid4().hex}.seen"
+        self._token.parent.mkdir(parents=True, exist_ok=True)
         self._token.touch()  # it stays, for other sweeps too
         self._task = ray.remote(_work)
         self._tasks: dict[Any, Job] = {}

@@ -11,13 +11,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ulrl.attacks.base import ATTACKS
 from ulrl.configure import (
     AttackRun,
+    DefenseRun,
     attack_schema,
     configure_attack,
     configure_defense,
@@ -28,6 +29,7 @@ from ulrl.data.datasets import DATASETS, dataset_spec
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.files import find_input
+from ulrl.models import architecture_of
 from ulrl.models.architectures import ARCHITECTURES
 from ulrl.record_folder import record_folder, result_file
 from ulrl.registry import nearest
@@ -196,6 +198,7 @@ def _attack_job(options: Cell) -> AttackJob:
     device = _device(given)
     attack, run, training = configure_attack(method, given | {"device": device}, AttackRun, quiet=True)
     attack.check(dataset_spec(run.dataset, run.dataset_path, run.img_size))
+    architecture_of(run.model, run.width, pretrained=run.pretrained)
     share = f"p{attack.pratio:g}" if attack.p_num is None else f"n{attack.p_num}"
     words = (attack.name, run.dataset, run.model, share, f"t{attack.attack_target}", f"s{run.random_seed}")
     # Of the data set `folder`, the path is what the data are.
@@ -215,6 +218,8 @@ def _defense_job(record: AttackJob, options: Cell) -> DefenseJob:
     defense, run = configure_defense(
         method, given | {"device": device}, record.run.dataset, record.run.model, quiet=True
     )
+    if "dataset_path" not in given and run.dataset_path == DefenseRun.dataset_path:  # said nowhere
+        run = replace(run, dataset_path=record.run.dataset_path)
     name = _name((defense.name, f"r{run.ratio:g}", f"s{run.random_seed}"), options_of(defense, run))
     return DefenseJob(
         name=f"{record.name}/defense/{name}", needs=record.name, alike=("defense", defense.name, record.run.dataset),

@@ -111,9 +111,9 @@ class DefenseJob(Job):
 
 
 def sweep_folder() -> Path:
-    """What sweeps tell each other: a lock for each job, and what running ones say."""
+    """What sweeps tell each other: a lock for each job, and what running ones say. It is made when one is claimed, so
+    that looking writes nothing."""
     folder = home() / "record" / ".sweep"
-    folder.mkdir(parents=True, exist_ok=True)
     if folder.is_symlink():  # it could have come with a record, and lead the writing anywhere
         raise UserError(f"{folder} is a link, and sweeps write below record/ only; remove it")
     return folder
@@ -143,6 +143,7 @@ def claim(job: Job) -> Iterator[bool]:
     Raises:
         UserError: the file system has no locks.
     """
+    job.lock.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(job.lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
