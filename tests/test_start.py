@@ -234,6 +234,15 @@ def test_a_broken_method_is_named_and_stops_no_other(text: str, words: str, toys
         refused(lambda: declared("toys.mine", "Toy"), f"{toys / 'mine.py'}, {words}")
 
 
+@pytest.mark.parametrize("decorators", [
+    "@register('mine')\n", '@register( "mine" )  # ours\n# a word\n', '@register(\n    "mine",\n)\n@dataclass(\n    frozen=True\n)\n',
+])  # fmt: skip
+def test_a_method_is_found_however_it_is_written(decorators: str, toys: Path) -> None:
+    text = "from dataclasses import dataclass\nfrom toys import register\n\n\n"
+    (toys / "mine.py").write_text(f"{text}{decorators}class Mine:\n    pass\n")
+    assert importlib.import_module("toys").TOYS["mine"].__name__ == "Mine"
+
+
 def test_two_methods_of_one_name_are_told(toys: Path) -> None:
     shutil.copy(toys / "good.py", toys / "mine.py")
     refused(lambda: importlib.import_module("toys").TOYS["good"], "registers 'good'", "give one of them another name")

@@ -21,7 +21,7 @@ from typing import Any
 from ulrl.errors import UserError
 
 LIGHT = ("ulrl.options", "dataclasses", "typing", "collections.abc", "pathlib")  # imported as they are
-REGISTERED = re.compile(r'^@(?:\w+\.)?register\("([^"]+)"\)\n(?:@.*\n)*class (\w+)', re.M)
+REGISTERED = re.compile(r"""^@(?:\w+\.)?register\(\s*["']([^"']+)["'].*?^class (\w+)""", re.M | re.S)
 
 
 def declared(module: str, name: str) -> Any:
