@@ -235,7 +235,9 @@ def test_a_broken_method_is_named_and_stops_no_other(text: str, words: str, toys
 
 
 @pytest.mark.parametrize("decorators", [
-    "@register('mine')\n", '@register( "mine" )  # ours\n# a word\n', '@register(\n    "mine",\n)\n@dataclass(\n    frozen=True\n)\n',
+    "@register('mine')\n",
+    '@register( "mine" )  # ours\n# a word\n',
+    '@register(\n    "mine",\n)\n@dataclass(\n    frozen=True\n)\n',
 ])  # fmt: skip
 def test_a_method_is_found_however_it_is_written(decorators: str, toys: Path) -> None:
     text = "from dataclasses import dataclass\nfrom toys import register\n\n\n"
