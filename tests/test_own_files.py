@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from own_nets import Headless, Net, rates
+from own_nets import Headless, Net, rates, weights
 from PIL import Image
 from torch import nn
 
 import ulrl
 from ulrl.cli import main
+from ulrl.own_files import PurifyRun, load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,16 +36,30 @@ def files(
     root = tmp_path_factory.mktemp("files")
     source = inspect.getsource(Net).replace("Callable[[int], nn.Module]", "object")
     (root / "my_nets.py").write_text(
-        "from __future__ import annotations\nimport torch\nfrom torch import nn\n\n\n" + source + "\n\n"
+        "from __future__ import annotations\nimport os\nimport torch\nfrom torch import nn\n\n\n" + source + "\n\n"
         "def eleven():\n    net = Net()\n    net.classify = nn.Linear(64, 11)\n    return net\n\n\n"
         + inspect.getsource(Headless)
         + "\n\n"
         "class Two(Net):\n    def forward(self, x):\n        return super().forward(x), x\n\n\n"
         "class Extra(Net):\n    def get_extra_state(self):\n        return {'epoch': 3}\n\n"
         "    def set_extra_state(self, state):\n        pass\n\n\n"
+        "class Importing(Net):\n    def forward(self, x):\n        import my_helper\n\n"
+        "        return my_helper.same(super().forward(x))\n\n\n"
+        "class Needing(Net):\n    def forward(self, x):\n        import no_such_module\n\n\n"
+        "class Asking(Net):\n    def forward(self, x, more):\n        return super().forward(x)\n\n\n"
+        "class Leaving(Net):\n    def forward(self, x):\n        raise SystemExit(0)\n\n\n"
+        "def leaving():\n    raise SystemExit(0)\n\n\n"
+        "def moving():\n    os.chdir('empty')\n    return Net()\n\n\n"
+        "def half():\n    return Net().half()\n\n\n"
+        "def parallel():\n    return nn.DataParallel(Net())\n\n\n"
+        "def compiled():\n    return torch.compile(Net(), backend='eager')\n\n\n"
+        "def meta():\n    return Net().to('meta')\n\n\n"
+        "def program():\n    return torch.jit.load('program.pt')\n\n\n"
         "def lazy():\n    net = Net()\n    net.classify = nn.LazyLinear(10)\n    return net\n\n\n"
         "def broken():\n    raise ValueError('out of order')\n\n\ndef number():\n    return 7\n"
     )
+    (root / "my_helper.py").write_text("def same(x):\n    return x\n")
+    (root / "my_program.py").write_text("raise SystemExit(0)\n")
     weights = backdoored.state_dict()
     safetensors.torch.save_file(weights, root / "net.safetensors")
     torch.save(
@@ -127,6 +142,17 @@ def test_what_a_model_keeps_beside_its_weights_does_not_matter(files: Path) -> N
     assert command(files, "--model", "my_nets:Extra", *FILES[2:], *GRAY, *SHORT, "--check") in (3, 4)
 
 
+@pytest.mark.parametrize("factory", ["Importing", "moving", "half", "parallel", "compiled"])
+def test_a_factory_may_do_more_than_make_a_net(
+    factory: str, files: Path, backdoored: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    monkeypatch.syspath_prepend(files / "empty")  # so that sys.path is put back
+    gray = {"mean": (0.5,), "std": (0.5,), "device": "cpu"}
+    model, _ = load(PurifyRun(model=f"my_nets:{factory}", weights="net.safetensors", images="photos", **gray))
+    assert torch.equal(weights(model), weights(copy.deepcopy(backdoored).half() if factory == "half" else backdoored))
+
+
 def test_a_check_has_an_exit_code(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in files.rglob("*") if path.is_file()}
     assert command(files, *FILES, *GRAY, "--check") == 3
@@ -188,10 +214,22 @@ def test_what_cannot_work_is_said_before_the_diagnosis(files: Path, capsys: pyte
     assert (files / "headless_ft.pt").exists()
 
 
-def test_an_answer_that_is_no_logits_is_not_laid_to_the_images(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(files, "--model", "my_nets:Two", *FILES[2:], *GRAY, "--check") == 2
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("Two", "the model's output is tuple, not logits [B, K]"),
+        ("Needing", "(ModuleNotFoundError: No module named 'no_such_module')"),
+        ("Asking", "missing 1 required positional argument: 'more')"),
+        ("Leaving", "the model fails on a batch of [2, 1, 8, 8] (SystemExit: 0)"),
+    ],
+)
+def test_what_is_the_models_is_not_laid_to_the_images(
+    factory: str, words: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(files, "--model", f"my_nets:{factory}", *FILES[2:], *GRAY, "--check") == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "--model my_nets:Two: the model's output is tuple, not logits [B, K]" in said
+    assert f"--model my_nets:{factory}: " in said
+    assert words in said
     assert "--img_size" not in said
 
 
@@ -234,6 +272,10 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES[2:])} --check --model no_nets:Net", "No module named 'no_nets'"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:Nett", "has no attribute 'Nett'"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:broken", "ValueError: out of order"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets:leaving", "my_nets:leaving fails (SystemExit: 0)"),
+        (f"{' '.join(FILES[2:])} --check --model my_program:Net", "my_program:Net fails (SystemExit: 0)"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets:meta", "is on the meta device, where tensors hold no numbers"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets:program", "give the plain nn.Module it was made from"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:number", "returns a int, not a torch.nn.Module"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:lazy", "classify.weight has no shape yet"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:eleven", "does not fit --model: see classify.weight"),

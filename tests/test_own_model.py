@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -23,7 +24,8 @@ import ulrl
 from ulrl import UserError
 from ulrl.data.datasets import SPECS
 from ulrl.data.imageset import InputSet
-from ulrl.defenses.base import DEFENSES
+from ulrl.defenses.base import DEFENSES, Repair
+from ulrl.models.head import find_head
 from ulrl.options import Schema
 from ulrl.own_model.given import prepare
 from ulrl.training import predict
@@ -69,6 +71,7 @@ def test_samples_may_come_in_many_forms(backdoored: nn.Module, clean: tuple[torc
     expected = weights(ulrl.purify(backdoored, x, y, **QUICK).model)
     for images, labels in (
         (x.numpy(), y.numpy()),
+        (np.flip(np.flip(x.numpy(), 3).copy(), 3), pd.Series(y.numpy(), index=range(1, len(y) + 1))),  # as of a part
         (x.double(), y.int()),
         (list(x), y.tolist()),
         (x.split(32), y.split(50)),
@@ -197,6 +200,7 @@ class Stubborn(Net):
         ({"model": Net}, "is the class Net; make one, Net(...)"),
         ({"model": stamp}, "is the function stamp; give the nn.Module"),
         ({"model": 7}, "is of the type int"),
+        ({"model": Net().to("meta")}, "on the meta device, where tensors hold no numbers; make it on the CPU"),
         (
             {"model": Wrapped(Net(), lambda z: z.softmax(1))},
             "returns probabilities, and logits are needed; take the softmax",
@@ -212,6 +216,10 @@ class Stubborn(Net):
         ({"images": torch.zeros(200, 1, 8, 8, dtype=torch.uint8)}, "images are uint8"),
         ({"images": torch.full((200, 1, 8, 8), float("inf"))}, "NaN or infinite values"),
         ({"images": ["a", "b"]}, "images cannot be read"),
+        (
+            {"images": torch.zeros(12, 1, 8, 8), "labels": torch.zeros(12).long(), "hold_out": 0.9},
+            "12 clean samples, 11 of them held out, leave fewer than 2 to train on; give more of them",
+        ),
         ({"labels": None}, "no labels"),
         ({"images": "photos", "labels": None}, "a str, yields no (images, labels) pairs"),
         ({"labels": torch.full((200,), 12)}, "label 12 is outside of the model's 10 classes"),
@@ -223,6 +231,7 @@ class Stubborn(Net):
         ({"method": "b3d"}, "only finds and repairs nothing"),
         ({"restor_lr": 0.1}, "did you mean 'restore_lr'?"),
         ({"restore_lr": -1}, "must be at least 0"),
+        ({"method": "clp", "lr": 0.1, "epochs": 3}, "epochs, lr: of BackdoorBench, and without a meaning for clp"),
         ({"linear_name": "head"}, "linear_name 'head'"),
     ],
 )
@@ -243,17 +252,125 @@ class Auxiliary(Net):
         return (super().forward(x), x.mean()) if self.training else super().forward(x)
 
 
+class Probe(Net):
+    """Its features are not trained."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = self.body(x).flatten(1)
+        return self.classify(features)
+
+
 def test_train_mode_and_gradients_are_asked_for_by_what_trains_alone(
     backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], digits: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    auxiliary = Auxiliary()
-    auxiliary.load_state_dict(backdoored.state_dict())
+    auxiliary, probe = Auxiliary(), Probe()
+    for model in (auxiliary, probe):
+        model.load_state_dict(backdoored.state_dict())
     for work in (ulrl.purify, ulrl.suspect):
         refused(lambda work=work: work(auxiliary, *clean), "output is tuple in train mode")
+        refused(lambda work=work: work(probe, *clean), "no gradient back to the images", "take torch.no_grad()")
         with torch.no_grad():
             refused(lambda work=work: work(backdoored, *clean), "gradients are switched off", "torch.no_grad()")
     with torch.no_grad():
-        assert ulrl.evaluate(auxiliary, *digits).acc == ulrl.evaluate(backdoored, *digits).acc > 0.9
+        for model in (auxiliary, probe):
+            assert ulrl.evaluate(model.eval(), *digits).acc == ulrl.evaluate(backdoored, *digits).acc > 0.9
+
+
+class InPlace(Net):
+    """Normalises pixels in [0, 1] where they lie."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.mul_(2).sub_(1))
+
+
+class Silent(Net):
+    """Its `train` returns nothing."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+class Keeping(Net):
+    """Keeps what it made last, with its graph, which torch does not copy."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.features = {"last": [self.body(x).flatten(1)]}
+        return self.classify(self.features["last"][0])
+
+
+class Making(Net):
+    """Makes a layer in its first forward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "flat"):
+            self.flat = nn.Flatten()
+        return self.classify(self.flat(self.body(x)))
+
+
+@pytest.mark.parametrize("kind", [InPlace, Silent, Keeping, Making])
+def test_a_habit_of_a_net_changes_nothing(
+    kind: type[Net], backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ulrl.own_model.suspecting.SEARCH_SAMPLES", 4)  # for speed
+    x, y = clean[0][:60], clean[1][:60]
+    model, images = kind(), (x + 1) / 2 if kind is InPlace else x
+    model.load_state_dict(backdoored.state_dict())
+    model.eval()
+    if kind is Keeping:
+        model(images[:2])
+    before = images.clone()
+    assert ulrl.evaluate(model, images, y).acc == ulrl.evaluate(backdoored, x, y).acc > 0.9
+    for how in (QUICK, {"method": "ft-sam", "epochs": 1}):  # which asks twice a step
+        repaired = ulrl.purify(model, images, y, **how).model
+        assert torch.equal(weights(repaired), weights(ulrl.purify(backdoored, x, y, **how).model))
+        assert not repaired._forward_pre_hooks
+    ulrl.purify(model, images, y, epochs=1, restore_epochs=1, tries=0)
+    ulrl.suspect(model, images, y, unlearning_epochs=1)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "restore"),
+    [
+        (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)),
+        (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
+    ],
+)
+def test_the_callers_defaults_do_not_matter_and_stay(
+    change: Callable[[], None], restore: Callable[[], None], backdoored: nn.Module,
+    clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ulrl.own_model.suspecting.SEARCH_SAMPLES", 4)  # for speed
+    harden: dict[str, Any] = {"epochs": 1, "restore_epochs": 1, "tries": 10}
+    x, y = clean[0][:60], clean[1][:60]
+    expected = weights(ulrl.purify(backdoored, x, y, **harden).model)
+    change()
+    try:
+        before = torch.get_default_dtype(), torch.get_default_device()
+        repaired = weights(ulrl.purify(backdoored, x, y, **harden).model)
+        ulrl.suspect(backdoored, x, y, unlearning_epochs=1)
+        ulrl.suspect_by_queries(lambda x: x.flatten(1)[:, :3], x / 2 + 0.5, 3, draws=2, queries=100)
+        assert (torch.get_default_dtype(), torch.get_default_device()) == before
+    finally:
+        restore()
+    assert torch.equal(repaired, expected)
+
+
+def test_a_method_that_adds_layers_is_refused(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DEFENSES["ft"], "run", lambda self, model, *_: Repair(nn.Sequential(nn.Hardtanh(), model)))
+    refused(lambda: ulrl.purify(backdoored, *clean, method="ft"), "ft adds parts to the model", "(0, 1, 1.body")
+
+
+def test_a_head_may_have_two_names(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
+    named = copy.deepcopy(backdoored)
+    named.classifier = nn.Sequential(nn.Identity(), named.classify)
+    for name in (None, "classify", "classifier.1"):
+        assert find_head(named, 10, name) == (name or "classify", named.classify)
+    repaired = ulrl.purify(named, *clean, **QUICK).model
+    assert repaired.classifier[1] is repaired.classify
 
 
 class Late(Net):

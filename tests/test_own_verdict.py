@@ -112,9 +112,19 @@ def test_the_verdict_stands_on_a_line_of_its_own() -> None:
     assert verdict in said.getvalue()
 
 
-def test_few_images_are_noticed(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
-    with pytest.warns(ulrl.Note, match="30 images are few for a verdict"):
-        ulrl.suspect(backdoored, clean[0][:30], clean[1][:30], unlearning_epochs=1)
+@pytest.mark.parametrize(
+    ("count", "verdict", "batch_size", "words"),
+    [(39, "backdoored", 10, "39 images are few for a verdict"), (18, "uncertain", 5, "18 images are too few")],
+)
+def test_few_images_are_noticed(
+    count: int, verdict: str, batch_size: int, words: str, backdoored: nn.Module,
+    clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ulrl.own_model.suspecting.decide", lambda ranking, searched: (0, "backdoored"))
+    with pytest.warns(ulrl.Note, match=words):
+        found = ulrl.suspect(backdoored, clean[0][:count], clean[1][:count], unlearning_epochs=1)
+    assert found.verdict == verdict
+    assert found.report["options"]["batch_size"] == batch_size, "four steps an epoch"
 
 
 def test_images_that_were_not_scaled_are_noticed(

@@ -10,12 +10,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from pretend_gpu import pretend_gpu
 from sklearn.datasets import load_digits
 from torch import nn
 
 import ulrl
+from ulrl.defenses.base import Trigger
+from ulrl.own_model import Queried
 
 TARGET = 7
 # In digits of 8x8 any class is a few pixels away from any other, so that what is small is told less sharply.
@@ -120,6 +124,15 @@ def test_same_seed_same_scan_and_a_service_behind_http(
         server.shutdown()
         server.server_close()
     assert np.allclose(tables[0].mask_norm, tables[1].mask_norm, rtol=1e-2)
+
+
+def test_answers_may_be_on_another_device_than_the_images(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    images = digits[0][:4]
+    trigger = Trigger(torch.ones(1, 8, 8), torch.zeros(1, 8, 8))
+    found = Queried([7], pd.DataFrame(), {7: trigger}, 0, images.mean(0), {})
+    with pretend_gpu():
+        labels = found.careful(lambda x: torch.tensor([7, 1, 7, 2])[: len(x)].to("cuda"), images)
+    assert labels.tolist() == [7, 1, 1, 2]
 
 
 def test_a_search_that_found_nothing_is_undecided(digits: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -106,6 +106,22 @@ def threads_for(pixels: int, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Inside the block, or the function so decorated, a new tensor is float32 and on the CPU where nothing else is
+    said, as in a fresh torch, whatever the caller has set.
+    """
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":  # else not, as it looks at each call of torch
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
 def whole_float32() -> Iterator[None]:
     """Inside the block float32 is float32 on a GPU too, where convolutions are else computed in TF32, with 10 bits."""
     settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)

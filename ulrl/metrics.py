@@ -58,7 +58,7 @@ def took(asr: float | None) -> bool | None:
 
 def share(hits: torch.Tensor) -> float | None:
     """The fraction of True in a bool tensor [N], or None when it is empty."""
-    return hits.double().mean().item() if hits.numel() else None
+    return hits.cpu().double().mean().item() if hits.numel() else None  # MPS has no float64
 
 
 def agreement(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> float:
@@ -67,9 +67,10 @@ def agreement(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -
     predicted, labels: int64 [N], N at least 1. 0 is what shuffled labels give, and one and the same answer to all,
     whatever the number and the sizes of the classes.
     """
+    predicted, labels = predicted.cpu(), labels.cpu()
     shares = [classes.bincount(minlength=num_classes).double() / len(labels) for classes in (predicted, labels)]
     chance = (shares[0] * shares[1]).sum().item()
-    right = (predicted == labels).double().mean().item()
+    right = share(predicted == labels) or 0.0
     return (right - chance) / (1 - chance) if chance < 1 else 0.0
 
 

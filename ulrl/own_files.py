@@ -25,11 +25,13 @@ from ulrl.files import find_input
 from ulrl.machine import pick_device
 from ulrl.options import option
 from ulrl.own_model import Purified, Suspicion, purify, suspect
-from ulrl.own_model.given import head_size
+from ulrl.own_model.given import FAILURES, head_size, working_copy
 from ulrl.own_model.saving import check_weights_output
 from ulrl.seeds import generator
 from ulrl.untrusted.torchfiles import MOST
-from ulrl.untrusted.weights import load_weights
+from ulrl.untrusted.weights import load_weights, plain_name
+
+MISFITS = (RuntimeError, ValueError, AssertionError, IndexError)  # what a network makes of images of another shape
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,19 @@ def load(run: PurifyRun) -> tuple[nn.Module, ImageSet]:
     device = pick_device(run.device)
     model = _build(run.model)
     _load_weights(model, weights)
-    model = model.to(device).eval().requires_grad_(True)
+    try:
+        subject = working_copy(model, device)
+    except UserError as error:
+        raise UserError(f"--model {run.model}: {error}") from error
+    model = model.to(device).requires_grad_(True)
+    model.eval()
     images = _read_folder(find_input(run.images), run).to(device)
     two = images.subset(torch.arange(min(2, len(images))))
     try:
-        classes = head_size(model, normalise(two.images, images.spec))
+        classes = head_size(subject, normalise(two.images, images.spec))
     except UserError as error:
-        if error.__cause__ is None:  # it took the images, and it is its answer that does not fit
-            raise UserError(f"--model {run.model}: {error}") from None
+        if not isinstance(error.__cause__, MISFITS):  # it took the images, or something else is wrong with it
+            raise UserError(f"--model {run.model}: {error}") from error
         raise UserError(f"{error}; are --img_size and --mean, --std (one number each: gray images) its own?") from error
     return model, _with_head(images, classes, run.images)
 
@@ -132,21 +139,27 @@ def _build(named: str) -> nn.Module:
         raise UserError(f"--model {named}: write package.module:factory, as in my_models:resnet")
     import ulrl.tv  # noqa: F401 - so that torchvision also imports beside a CPU-only torch, in their code or in timm's
 
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)  # for good, as their code may import more when it runs
     try:
         model = functools.reduce(getattr, factory.split("."), importlib.import_module(module))()  # type: ignore[operator]
-    except Exception as error:  # whatever the user's code raises
+    except FAILURES as error:
         raise UserError(f"--model {named} fails ({type(error).__name__}: {error}); mend it, or name another") from error
     finally:
-        sys.path.remove(os.getcwd())
+        os.chdir(here)  # where the files are that the other flags name
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {named} returns a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def _load_weights(model: nn.Module, file: Path) -> None:
-    """Load weights strictly. Nothing in the file is run."""
-    own = {k: w for k, w in model.state_dict().items() if isinstance(w, torch.Tensor)}
+    """Load weights strictly, whatever wrapper is around the network or was when they were saved. Nothing in the file
+    is run.
+    """
+    names = {plain_name(k): k for k, w in model.state_dict().items() if isinstance(w, torch.Tensor)}
+    own = {plain: model.state_dict()[k] for plain, k in names.items()}
+    if meta := next((k for k, w in own.items() if w.is_meta), None):
+        raise UserError(f"--model: {meta} is on the meta device, where tensors hold no numbers; make it on the CPU")
     if lazy := next((k for k, w in own.items() if is_lazy(w)), None):
         raise UserError(f"--model: {lazy} has no shape yet; let the factory run a batch through its lazy layers")
     size = sum(w.nbytes for w in own.values())
@@ -165,6 +178,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         if unknown and unknown[0] not in wrong[:4]:  # a prefix, such as a wrapper's, or another network
             ask = f"the file has {', '.join(unknown)}; save the weights of the factory's own network, under its names"
         raise UserError(f"--weights {file} does not fit --model: see {', '.join(wrong[:4])}; {ask}")
+    weights = {names[k]: w for k, w in weights.items()}
     model.load_state_dict(weights, strict=False)  # all are there, but for what is no tensor
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ulrl.configure import configure_defense, defense_schema
+from ulrl.machine import plain_defaults
 from ulrl.models import load_model
 from ulrl.own_model import Purified
 from ulrl.record import load_defense_result, load_record
@@ -42,6 +43,7 @@ class PurifiedRecord(Purified):
     __repr__ = summary
 
 
+@plain_defaults()
 def purify_record(
     record: str | Path, *, method: str = "harden", progress: bool = True, **options: Any
 ) -> PurifiedRecord:

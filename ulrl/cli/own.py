@@ -43,7 +43,9 @@ def purify(argv: Sequence[str]) -> None:
     from ulrl.own_model.given import make_repair
     from ulrl.report.tables import accuracy_table
 
-    settings, _ = schema.merge(("given", given))
+    settings, ignored = schema.merge(("given", given))
+    if ignored:
+        log.info("accepted for BackdoorBench's sake, without a meaning here: %s", ", ".join(ignored))
     run, defense = settings.build(own_files.PurifyRun), settings.build(DEFENSES[name])
     if not run.check:
         make_repair(run.method, {})

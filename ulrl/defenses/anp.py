@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +20,7 @@ from ulrl.defenses.masks import (
     require_shifts,
     worst_noise,
 )
+from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, cross_entropy, fit
@@ -60,7 +60,7 @@ class ANP(MaskPruning):
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         train, validation = self.set_aside(clean)
-        return self.prune(model, self._learn(copy.deepcopy(model), train, monitor), validation, monitor, {})
+        return self.prune(model, self._learn(copied(model), train, monitor), validation, monitor, {})
 
     def _learn(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> dict[str, torch.Tensor]:
         """The mask of each normalisation layer, by its dotted name; moves BatchNorm's statistics."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, require_shifts, worst_noise
+from ulrl.models.copying import copied
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
@@ -71,7 +71,7 @@ class BAN(FineTuning):
         find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        shares = self._shares(copy.deepcopy(model), clean, monitor)
+        shares = self._shares(copied(model), clean, monitor)
         suspect = int(shares.argmax())
         flagged = [suspect] if shares[suspect] > self.share_threshold else []
         self._mitigate(model, clean, monitor)
@@ -108,7 +108,7 @@ class BAN(FineTuning):
             worst_noise(noises, lambda: cross_entropy(model, x, y)[0], self.noise_eps, self.detection_steps, stream)
             noisy = head_inputs(model, head, clean, self.amp)
         classes = F.linear((1 - mask.detach()) * noisy, weight, bias).argmax(1)
-        return classes.bincount(minlength=clean.spec.num_classes).double().cpu() / len(clean)
+        return classes.bincount(minlength=clean.spec.num_classes).cpu().double() / len(clean)
 
     def _mitigate(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> None:
         stream = generator(self.random_seed, "noise", clean.device)

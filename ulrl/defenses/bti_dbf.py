@@ -152,7 +152,7 @@ class BTIDBF(Defense):
 def _answers(model: nn.Module, change: nn.Module, clean: ImageSet, batch_size: int) -> torch.Tensor:
     """Which share of the changed images `model` gives each class: float64 [K] on the CPU."""
     classes = torch.cat([model(x + change(x)).argmax(1) for x, _ in Batches(clean, batch_size)])
-    return classes.bincount(minlength=clean.spec.num_classes).double().cpu() / len(clean)
+    return classes.bincount(minlength=clean.spec.num_classes).cpu().double() / len(clean)
 
 
 class _Generator(nn.Module):

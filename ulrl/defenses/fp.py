@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.selection import within
+from ulrl.models.copying import copied
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, head_inputs, predict
@@ -61,12 +61,12 @@ class FinePruning(FineTuning):
             accuracies = torch.stack(hits).tolist()
             head.weight.copy_(weight)
         chosen = counts[within(accuracies, self.acc_ratio)]
-        original = copy.deepcopy(model)
+        original = copied(model)
 
         def candidates() -> Iterator[tuple[float, nn.Module]]:
             """Every tenth of the inputs: each is fine-tuned, which takes its time."""
             for tenths in range(10):
-                other = copy.deepcopy(original)
+                other = copied(original)
                 self._prune_and_finetune(other, head_name, rank < tenths / 10 * len(rank), clean, Monitor())
                 yield tenths / 10, other
 

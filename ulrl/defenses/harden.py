@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
+from ulrl.models.copying import copied
 from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, Objective, measure_statistics
@@ -80,7 +80,8 @@ class Harden(FineTuning):
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         name, head = find_head(model, clean.spec.num_classes, self.linear_name)
-        original = copy.deepcopy(model).eval().requires_grad_(False)
+        original = copied(model).requires_grad_(False)
+        original.eval()
         diagnosis = ULRL(
             batch_size=self.batch_size, amp=self.amp, random_seed=self.random_seed, linear_name=self.linear_name
         )

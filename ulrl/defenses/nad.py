@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.errors import UserError
+from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.training import SCHEDULERS, Monitor
 
@@ -57,7 +57,7 @@ class NAD(FineTuning):
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         stages = _last_stages(model, clean)
         betas = (self.beta1, self.beta2, self.beta3)[-len(stages) :]
-        teacher = copy.deepcopy(model)
+        teacher = copied(model)
         self.finetune(teacher, clean, monitor, "teacher", epochs=self.te_epochs)
         teacher.eval()
 

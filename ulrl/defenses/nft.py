@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.mask_pruning import mask_table
 from ulrl.defenses.masks import Mask, masked, norm_layers, scale
+from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, fit
@@ -51,7 +51,7 @@ class NFT(Defense):
         epochs = max(1, round(self.steps / len(batches)))
         stream = generator(self.random_seed, "mix", clean.device)
         weight = self.penalty * clean.spec.num_classes / len(clean)
-        learning = copy.deepcopy(model)  # a masked model has its tensors in another order afterwards
+        learning = copied(model)  # a masked model has its tensors in another order afterwards
         with masked(learning) as masks:
 
             def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

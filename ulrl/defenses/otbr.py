@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.selection import sweep
 from ulrl.errors import UserError
 from ulrl.machine import autocast
+from ulrl.models.copying import copied
 from ulrl.models.head import hidden_convolutions
 from ulrl.options import option
 from ulrl.seeds import generator
@@ -60,7 +60,7 @@ class OTBR(Defense):
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         original = {path: m.weight.detach().clone() for path, m in _convolutions(model, clean.spec.num_classes).items()}
-        unlearned = self._unlearn(copy.deepcopy(model), clean, monitor)
+        unlearned = self._unlearn(copied(model), clean, monitor)
         moved = _convolutions(unlearned, clean.spec.num_classes)
         nwc = {path: (moved[path].weight.detach() - w).abs().flatten(1).sum(1) for path, w in original.items()}
         ranking = torch.cat(list(nwc.values()))

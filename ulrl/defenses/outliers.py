@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ulrl.defenses.base import Defense, Repair
+from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.training import Monitor
 
@@ -58,7 +58,7 @@ class OutlierPruning(Defense):
             return model
 
         def candidates() -> Iterator[tuple[float, nn.Module]]:
-            walking = copy.deepcopy(model)
+            walking = copied(model)
             for u in np.linspace(self.u_min, self.u_max, self.u_num).tolist():
                 yield u, edit(walking, u)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
 from ulrl.defenses.perturbation import pixel, still
+from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.training import Monitor, fit
 
@@ -51,7 +51,7 @@ class SAU(Defense):
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         scale = pixel(clean)
         fooled = torch.zeros(2, device=clean.device)  # shared examples, and all, of the whole run
-        reference = copy.deepcopy(model)
+        reference = copied(model)
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             model.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +13,7 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense
 from ulrl.errors import UserError
+from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, predict
@@ -45,7 +45,8 @@ def split(clean: Set, share: float, seed: int) -> tuple[Set, Set]:
     size = max(1, round(share * len(clean)))
     if len(clean) - size < 2:
         raise UserError(
-            f"{len(clean)} clean samples, {size} of them for validation, leave fewer than 2 to train on; raise --ratio"
+            f"{len(clean)} clean samples, {size} of them held out, leave fewer than 2 to train on; give more of them "
+            "(of a record: raise --ratio), or hold a smaller share out"
         )
     order = torch.randperm(len(clean), generator=generator(seed, "validation"))
     return clean.subset(order[size:].sort().values), clean.subset(order[:size].sort().values)
@@ -91,13 +92,13 @@ def sweep(
     prepare: what an edited model needs to be judged, where it needs something; done to a copy. finish: what
     follows the choice (fine-tuning), done to a copy of each of the candidates; the caller does it to `model`.
     """
-    original = copy.deepcopy(model)
+    original = copied(model)
 
     def walk(walking: nn.Module, then: Callable[[nn.Module], None] | None) -> Iterator[nn.Module]:
         for i in range(len(strengths)):
             if i:
                 edit(walking, i)
-            candidate = walking if then is None else copy.deepcopy(walking)
+            candidate = walking if then is None else copied(walking)
             if then is not None:
                 then(candidate)
             yield candidate
@@ -115,9 +116,7 @@ def sweep(
 
     curve = pd.DataFrame({"accuracy": accuracies}, index=pd.Index(strengths, name="strength"))
     curve["chosen"] = [i == chosen for i in range(len(hits))]
-    return Sweep(
-        chosen, strengths[chosen], curve, lambda: zip(strengths, walk(copy.deepcopy(original), finish), strict=True)
-    )
+    return Sweep(chosen, strengths[chosen], curve, lambda: zip(strengths, walk(copied(original), finish), strict=True))
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class ULRL(Unlearning):
     def _rank(self, before: Head, after: nn.Module) -> tuple[pd.DataFrame, dict[str, float]]:
         """One row per class: L1 change of its weights (the bias does not count), z, and whether flagged."""
         assert isinstance(after, Head)
-        change = (after.weight - before.weight).detach().abs().flatten(1).sum(1).double().cpu()
+        change = (after.weight - before.weight).detach().abs().flatten(1).sum(1).cpu().double()
         z, median, mad = robust_z(change)
         suspicious = ((z > self.z_threshold) & (change > median)).nonzero().flatten()
         kept = suspicious[z[suspicious].argsort(descending=True)][: self.max_neurons]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,9 @@ from torch import nn
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense
 from ulrl.errors import UserError
+from ulrl.models.copying import copied
 from ulrl.options import option
-from ulrl.training import SCHEDULERS, Monitor, Overflow, fit, make_optimizer, make_scheduler, predict
+from ulrl.training import SCHEDULERS, Monitor, Overflow, accuracy, fit, make_optimizer, make_scheduler, predict
 
 log = logging.getLogger(__name__)
 
@@ -87,26 +87,26 @@ class Unlearning(Defense):
         Raises:
             UserError: it overflowed all the same.
         """
-        copied = copy.deepcopy(model)
+        subject = copied(model)
         measured, constant = 1.0, clean.labels.bincount().max().item() / len(clean)
 
         def low_enough(running: float) -> bool:
             nonlocal measured
             measured = running
             if in_eval:
-                measured = (predict(copied, clean, self.amp) == clean.labels).double().mean().item()
+                measured = accuracy(subject, clean, self.amp)
             return measured <= max(self.clean_threshold, constant)
 
-        optimizer = self.ascent_optimizer(copied)
+        optimizer = self.ascent_optimizer(subject)
         epochs = self.unlearning_epochs
         try:
             reached = fit(
-                copied, self.batches(clean, "unlearn"), epochs, optimizer,
+                subject, self.batches(clean, "unlearn"), epochs, optimizer,
                 make_scheduler(optimizer, self.lr_scheduler, epochs, self.steplr_milestones, self.steplr_gamma),
                 monitor, "unlearn", amp=self.amp, ascend=True, clip=self.clip or None, stop=low_enough,
             )  # fmt: skip
             given = {name: b for name, b in model.named_buffers() if b.isfinite().all()}  # a mask may hold -inf
-            held = [*copied.parameters(), *(b for name, b in copied.named_buffers() if name in given)]
+            held = [*subject.parameters(), *(b for name, b in subject.named_buffers() if name in given)]
             if not all(tensor.isfinite().all() for tensor in held):
                 raise Overflow(f"unlearning overflowed in epoch {monitor.history[-1]['epoch']}; lower its rate")
         except Overflow as overflow:  # of a method that only begins with it, these are no options
@@ -117,8 +117,8 @@ class Unlearning(Defense):
             log.warning(
                 "unlearning ended at an accuracy of %.3f, above the threshold %g", measured, self.clean_threshold
             )
-        label, label_share = most_predicted(copied, clean, self.amp)
-        return Unlearned(copied, reached, monitor.history[-1]["epoch"], measured, label, label_share)
+        label, label_share = most_predicted(subject, clean, self.amp)
+        return Unlearned(subject, reached, monitor.history[-1]["epoch"], measured, label, label_share)
 
 
 def most_predicted(model: nn.Module, data: ImageSet, amp: bool) -> tuple[int, float]:
@@ -135,7 +135,7 @@ def robust_z(values: torch.Tensor) -> tuple[torch.Tensor, float, float]:
     takes the lower one, which raises every z). A MAD below a millionth of the largest value counts as
     that: with most values equal, those that differ still stand out, and nothing is divided by zero.
     """
-    values = values.double()
+    values = values.cpu().double()  # MPS has no float64
     median = values.quantile(0.5)
     distance = (values - median).abs()
     mad = distance.quantile(0.5).clamp_min(1e-6 * values.abs().max().item()).clamp_min(1e-30)

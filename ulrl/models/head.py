@@ -27,7 +27,7 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
             layer, too.
     """
     linear, convolutions = {}, {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):  # a head may be known by two names
         if isinstance(module, nn.Linear) and module.out_features == num_classes:
             linear[path] = module
         elif isinstance(module, nn.Conv2d) and module.out_channels == num_classes and _is_linear(module):
@@ -39,16 +39,18 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
             "take a method that edits none, such as ft-sam"
         )
     if name is None:
-        name = list(heads)[-1]
+        firsts = dict(model.named_modules())
+        name = [path for path in heads if path in firsts][-1]
     elif name not in heads:
         raise UserError(f"linear_name {name!r} is no layer with {num_classes} outputs; known: {', '.join(heads)}")
     _require_plain(name, heads[name])
-    for other, weight in model.named_parameters(remove_duplicate=False):
-        if weight is heads[name].weight and other != f"{name}.weight":
-            raise UserError(
-                f"the weight of the head {name} is also {other}, which would change with it; give the head a weight "
-                "of its own (nn.Parameter(weight.clone())), or take a method that edits no head, such as ft-sam"
-            )
+    for path, module in model.named_modules():
+        for key, weight in module.named_parameters(path, recurse=False):
+            if weight is heads[name].weight and module is not heads[name]:
+                raise UserError(
+                    f"the weight of the head {name} is also {key}, which would change with it; give the head a weight "
+                    "of its own (nn.Parameter(weight.clone())), or take a method that edits no head, such as ft-sam"
+                )
     return name, heads[name]
 
 

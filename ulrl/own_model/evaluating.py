@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from ulrl.errors import UserError
+from ulrl.machine import plain_defaults
 from ulrl.metrics import Judgement, share
 from ulrl.own_model.given import Images, prepare, say
 from ulrl.training import predict
 
 
+@plain_defaults()
 def evaluate(
     model: nn.Module,
     images: Images,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import warnings
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +17,8 @@ from ulrl.data.imageset import DatasetSpec, InputSet
 from ulrl.defenses.base import DEFENSES
 from ulrl.errors import UserError
 from ulrl.machine import eval_batch, pick_device
-from ulrl.metrics import agreement
+from ulrl.metrics import agreement, share
+from ulrl.models.copying import copied
 from ulrl.models.head import find_head
 from ulrl.options import Schema
 from ulrl.training import Monitor
@@ -28,6 +29,7 @@ Progress = bool | Callable[[str, int, int], None]
 
 UNREADABLE, DOUBTFUL = 0.25, 0.5  # agreement with the labels beyond chance, below which no verdict is given, or a doubt
 BYTES = 30.0  # no usual normalisation leaves a value as large
+FAILURES = (Exception, SystemExit)  # whatever a stranger's module makes of it; sys.exit() would end us with its code
 
 
 class Note(UserWarning):
@@ -38,7 +40,7 @@ class Note(UserWarning):
 class Given:
     """A user's model and samples, ready for a method.
 
-    model: a float32 copy, all of it trainable, in eval mode. clean: the samples, on the device of the copy.
+    model: of `working_copy`. clean: the samples, on the device of the copy.
     reading: how far the model's answers agree with the labels beyond chance, see `ulrl.metrics.agreement`.
     notes: what is worth saying.
     """
@@ -63,15 +65,7 @@ def prepare(
     """
     x, y = _samples(images, labels)
     place = _device(_network(model), device)
-    try:
-        subject = copy.deepcopy(model).float().requires_grad_(True).to(place)
-        subject.train()
-        subject.eval()
-    except Exception as error:  # whatever a stranger's module makes of it
-        raise UserError(
-            f"the model cannot be copied and switched between training and evaluation "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); give the plain nn.Module it was made from"
-        ) from error
+    subject = working_copy(model, place)
     x, y = x.to(place), y.to(place)
     classes = head_size(subject, x)
     if trains:
@@ -97,7 +91,7 @@ def prepare(
     spec = DatasetSpec(
         "samples", classes, channels, height, width, tuple(mean.tolist()), tuple(std.tolist()), crop_padding=0
     )
-    right = (predicted == y).double().mean().item()
+    right = share(predicted == y) or 0.0
     notes = [*_unused_head(subject, x[:2], classes, linear_name)] if trains else []
     notes += _notes(classes - len(y.unique()), classes, reading, right, low.min().item(), high.max().item())
     return Given(subject, InputSet(x, y, spec, augment and _in_shape(augment)), reading, notes)
@@ -143,7 +137,7 @@ def _notes(absent: int, classes: int, reading: float, right: float, low: float, 
 def say(notes: list[str]) -> list[str]:
     """Warn of each, where the caller of the caller stands, and return them."""
     for note in notes:
-        warnings.warn(note, Note, stacklevel=3)
+        warnings.warn(note, Note, stacklevel=4)  # between them stands `plain_defaults`
     return notes
 
 
@@ -151,11 +145,13 @@ def make_method(name: str, hyperparameters: Mapping[str, Any]) -> Any:
     """The defense of that name with these options.
 
     Raises:
-        UserError: no such method or option, an unfit value.
+        UserError: no such method or option, an unfit value, one of BackdoorBench's options that has no meaning here.
     """
     defense = DEFENSES[name]
     schema = Schema(defense)
-    settings, _ = schema.merge(("", schema.check(hyperparameters, f"the options of {name}")))
+    settings, ignored = schema.merge(("", schema.check(hyperparameters, f"the options of {name}")))
+    if ignored:
+        raise UserError(f"{', '.join(ignored)}: of BackdoorBench, and without a meaning for {name} here; leave it out")
     return settings.build(defense)
 
 
@@ -215,12 +211,19 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
 
 
+def _tensor(value: Any) -> torch.Tensor:
+    """torch's own way asks a pandas Series for its value at the label 0, and takes no array with a negative stride."""
+    if hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
+        value = np.require(value, requirements=["C", "W"])
+    return torch.as_tensor(value)
+
+
 def joined(value: Any, what: str) -> torch.Tensor:
     """A tensor, an array, a list of numbers, or batches of any of these, as one tensor."""
     try:
         if _is_array(value):
-            return torch.as_tensor(value)
-        parts = [torch.as_tensor(part) for part in value]
+            return _tensor(value)
+        parts = [_tensor(part) for part in value]
         if not parts:
             raise UserError(f"there are no {what}")
         return torch.stack(parts) if parts[0].ndim in (0, 3) else torch.cat(parts)
@@ -251,6 +254,8 @@ def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     if tensor is None:
         raise UserError("the model has no parameters, so there is nothing to repair")
+    if tensor.is_meta:
+        raise UserError("the model is on the meta device, where tensors hold no numbers; make it on the CPU")
     if wanted is None:
         return tensor.device
     try:
@@ -259,6 +264,43 @@ def _device(model: nn.Module, wanted: str | torch.device | None) -> torch.device
         raise UserError(str(error).removeprefix("--")) from None
 
 
+def working_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A float32 copy on `device`, all of it trainable, in eval mode. It changes no images that it is given: a net that
+    normalises them in place is given copies, until `untied`.
+
+    Raises:
+        UserError: torch cannot copy it, or it cannot be switched between its modes.
+    """
+    try:
+        subject = copied(model).float().requires_grad_(True).to(device)
+        subject.train()  # which returns nothing where a user's own `train` does not
+        subject.eval()
+        subject.register_forward_pre_hook(_spare, prepend=True)
+    except FAILURES as error:
+        raise UserError(
+            f"the model cannot be copied and switched between training and evaluation "
+            f"({_reason(error)}); give the plain nn.Module it was made from"
+        ) from error
+    return subject
+
+
+def _spare(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(images.clone() for images in given)
+
+
+def untied(subject: nn.Module) -> nn.Module:
+    """A `working_copy`, or a copy of one, without what `working_copy` added."""
+    for key, hook in list(subject._forward_pre_hooks.items()):
+        if hook is _spare:
+            del subject._forward_pre_hooks[key]
+    return subject
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@torch.no_grad()  # with a gradient, an answer that the model keeps could not be copied by others
 def head_size(model: nn.Module, x: torch.Tensor) -> int:
     """The K of the logits [B, K] that a model makes of the first two of the samples `x`, float [N, C, H, W].
 
@@ -267,9 +309,8 @@ def head_size(model: nn.Module, x: torch.Tensor) -> int:
     """
     try:
         first = model(x[:2])
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"the model fails on a batch of {list(x[:2].shape)} ({reason})") from error
+    except FAILURES as error:
+        raise UserError(f"the model fails on a batch of {list(x[:2].shape)} ({_reason(error)})") from error
     if not isinstance(first, torch.Tensor) or first.ndim != 2 or len(first) != len(x[:2]) or first.shape[1] < 2:
         shape = list(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
         raise UserError(f"the model's output is {shape}, not logits [B, K]; wrap it in a module that returns them")
@@ -280,27 +321,33 @@ def _check_training(model: nn.Module, x: torch.Tensor, classes: int) -> None:
     """A step of two samples in train mode, of a copy and with the global generators put back.
 
     Raises:
-        UserError: the answer is no logits there, or carries no gradient.
+        UserError: the answer is no logits there, or no gradient of it reaches the images.
     """
     if not torch.is_grad_enabled():
         raise UserError("gradients are switched off here; call it outside of torch.no_grad() and inference_mode()")
-    copied = copy.deepcopy(model).train()
+    subject, x, gradient = copied(model), x.clone().requires_grad_(True), None
+    subject.train()
     devices = [x.device] if x.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            answer = copied(x)
-    except Exception as error:  # whatever a stranger's module makes of it
-        raise UserError(
-            f"the model fails in train mode ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-    if not isinstance(answer, torch.Tensor) or answer.shape != (len(x), classes):
+            answer = subject(x)
+        fits = isinstance(answer, torch.Tensor) and answer.shape == (len(x), classes)
+        if fits and answer.requires_grad:
+            (gradient,) = torch.autograd.grad(answer.sum(), x, allow_unused=True)
+    except FAILURES as error:
+        raise UserError(f"the model fails in train mode ({_reason(error)})") from error
+    if not fits:
         shape = list(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
         raise UserError(
             f"the model's output is {shape} in train mode, not logits [B, {classes}] as in eval mode; wrap it in a "
             "module that returns them in both"
         )
-    if not answer.requires_grad:
-        raise UserError("the model's output carries no gradient; take torch.no_grad() or detach() out of its forward")
+    if gradient is None:
+        only = "only what comes behind could be repaired" if answer.requires_grad else "nothing could be repaired"
+        raise UserError(
+            f"the model's output carries no gradient back to the images, so {only}; take torch.no_grad() or detach() "
+            "out of its forward"
+        )
 
 
 def _unused_head(model: nn.Module, x: torch.Tensor, classes: int, named: str | None) -> list[str]:

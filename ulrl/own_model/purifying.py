@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from torch import nn
 from ulrl.defenses.base import Repair
 from ulrl.defenses.selection import split
 from ulrl.errors import UserError
-from ulrl.machine import threads_for
-from ulrl.own_model.given import Augment, Images, Progress, make_monitor, make_repair, prepare, say
+from ulrl.machine import plain_defaults, threads_for
+from ulrl.models.copying import copied
+from ulrl.own_model.given import Augment, Images, Progress, make_monitor, make_repair, prepare, say, untied
 from ulrl.own_model.saving import save_weights
 from ulrl.seeds import global_stream
 from ulrl.training import accuracy
@@ -68,6 +68,7 @@ class Purified:
     __repr__ = summary
 
 
+@plain_defaults()
 def purify(
     model: nn.Module,
     images: Images,
@@ -112,10 +113,16 @@ def purify(
         train, held_out = split(clean, hold_out, defense.random_seed)
     elif hold_out:
         notes.append(f"{len(clean)} samples are too few to hold {hold_out:.0%} of them out: accuracy is of all of them")
+    parts = _parts(given.model)
     pixels, device = clean.spec.height * clean.spec.width, clean.device
     with threads_for(pixels, device), global_stream(defense.random_seed, "purify", device):
         before = accuracy(given.model, held_out, defense.amp)
         repair: Repair = defense.run(given.model, train, monitor)
+        if other := sorted(parts ^ _parts(repair.model)):  # its weights would fit the user's network no more
+            raise UserError(
+                f"{method} adds parts to the model or takes some away ({', '.join(other[:3])}); a method must leave "
+                "its repair in the layers that it was given"
+            )
         after = accuracy(repair.model, held_out, defense.amp)
     returned = "repaired"
     if max_accuracy_loss is not None and before - after > max_accuracy_loss + 1e-9:
@@ -141,21 +148,26 @@ def purify(
         "notes": say(notes),
     }
     tables = dict(repair.tables)
-    result = _as_given(repair.model, model) if returned == "repaired" else copy.deepcopy(model)
+    result = _as_given(repair.model, model) if returned == "repaired" else copied(model)
     return Purified(result, repair.flagged, tables.pop("neurons", None), report, pd.DataFrame(monitor.history), tables)
 
 
 def _as_given(repaired: nn.Module, model: nn.Module) -> nn.Module:
     """The repaired copy with the modes, dtypes, devices and frozen parameters of the model it was made from."""
-    for ours, theirs in zip(repaired.modules(), model.modules(), strict=True):
-        ours.training = theirs.training
-    originals = dict(_tensors(model))
+    given, originals = dict(model.named_modules()), dict(_tensors(model))
+    for name, module in untied(repaired).named_modules():
+        module.training = given.get(name, model).training  # which is not there where the first forward pass made it
     for name, tensor in _tensors(repaired):
         tensor.grad = None
-        if name in originals:  # which a buffer is not that is made in the first forward pass
+        if name in originals:
             tensor.data = tensor.data.to(originals[name].device, originals[name].dtype)
             tensor.requires_grad_(originals[name].requires_grad)
     return repaired
+
+
+def _parts(model: nn.Module) -> set[str]:
+    """The names of its modules, parameters and buffers."""
+    return {name for name, _ in itertools.chain(model.named_modules(), _tensors(model))}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

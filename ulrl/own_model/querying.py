@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ulrl.defenses.b3d import B3D, Ask
 from ulrl.defenses.base import Trigger
 from ulrl.errors import UserError
+from ulrl.machine import plain_defaults
 from ulrl.own_model.given import Progress, joined, make_method, make_monitor
 
 
@@ -47,16 +48,17 @@ class Queried:
         costs one query more for each of them, and it is for triggers that leave most of an image alone. It is our
         reading of the paper's strategy, whose details we did not have.
         """
-        labels = _labels(ask(images))
+        labels = _labels(ask(images), images.device)
         for k in self.flagged:
             given = labels == k
             if given.any():
                 hidden = F.max_pool2d(self.triggers[k].mask, 3, 1, 1).to(images)
                 covered = torch.lerp(images[given], self.usual.to(images), hidden)
-                labels[given] = _labels(ask(covered)).to(labels.device)
+                labels[given] = _labels(ask(covered), images.device)
         return labels
 
 
+@plain_defaults()
 def suspect_by_queries(
     ask: Ask,
     images: Any,
@@ -90,6 +92,6 @@ def suspect_by_queries(
     return Queried(scan.flagged, scan.table, scan.triggers, scan.queries, x.float().mean(0), report)
 
 
-def _labels(answers: torch.Tensor) -> torch.Tensor:
-    answers = torch.as_tensor(answers)
+def _labels(answers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    answers = torch.as_tensor(answers).to(device)
     return (answers.argmax(1) if answers.ndim == 2 else answers).long().clone()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ulrl.defenses.universal import STEPS, smallest_universal
-from ulrl.machine import threads_for
+from ulrl.machine import plain_defaults, threads_for
 from ulrl.own_model.given import UNREADABLE, Augment, Images, Progress, make_method, make_monitor, prepare, say
 from ulrl.seeds import generator, global_stream
 
@@ -23,6 +23,7 @@ STEPS_AN_EPOCH = 4  # of unlearning, by default
 SEARCH_SAMPLES = 32
 SEARCH_CLASSES = 10
 FEW = 200  # images; how often verdicts are right was measured on as many and more
+TOO_FEW = 20  # images below which the verdict is uncertain, whatever is seen
 # Shares of the median norm: near, and near enough for a class whose z is above FAR_ABOVE. Set on small models, all of
 # which docs/verdicts.md names.
 NEAR, NEAR_ENOUGH, FAR_ABOVE = 0.25, 0.4, 6.0
@@ -58,6 +59,7 @@ class Suspicion:
     __repr__ = summary
 
 
+@plain_defaults()
 def suspect(
     model: nn.Module,
     images: Images,
@@ -77,9 +79,10 @@ def suspect(
     as a share of their median. The verdict is
 
     - "backdoored" when a flagged class has a reach below 0.25, or below 0.4 where its z is above 6;
-    - "uncertain" when only one of the two is seen: a class is flagged, however far it is, or one is near; and when
+    - "uncertain" when only one of the two is seen: a class is flagged, however far it is, or one is near; when
       either was sought in vain: unlearning ended above its goal, a perturbation was found for less than half of
-      the classes searched, or the model has two classes, of which neither can stand out from the other;
+      the classes searched, or the model has two classes, of which neither can stand out from the other; and,
+      whatever is seen, on fewer than 20 images;
     - "no evidence found" otherwise, which is no proof that there is no backdoor;
     - "no verdict", and nothing is searched, when the model's answers agree with the labels hardly more than by
       chance (Cohen's kappa below 0.25: 32% right on ten classes of equal size): then the labels are wrong, or the
@@ -87,9 +90,9 @@ def suspect(
 
     How often it is right is in docs/verdicts.md, on models that no threshold was set on.
 
-    Arguments as for `purify`; but `batch_size` is, where it is not given, so small that an epoch of unlearning has
-    four steps, as in the released configuration (500 images, batches of 128). What is worth saying is also warned
-    of, as `ulrl.Note`.
+    Arguments as for `purify`; but `batch_size` is, where it is not given, a quarter of the images, rounded up, and at
+    most 128: an epoch of unlearning has four steps, as in the released configuration (500 images, batches of 128).
+    What is worth saying is also warned of, as `ulrl.Note`.
 
     Raises:
         UserError: as `purify`.
@@ -97,7 +100,7 @@ def suspect(
     make_method("ulrl", hyperparameters)  # what is wrong with them is said before the work
     given = prepare(model, images, labels, augment, device, linear_name=hyperparameters.get("linear_name"))
     start, monitor, clean = time.perf_counter(), make_monitor(progress), given.clean
-    defense = make_method("ulrl", {"batch_size": max(2, min(128, len(clean) // STEPS_AN_EPOCH)), **hyperparameters})
+    defense = make_method("ulrl", {"batch_size": max(2, min(128, -(-len(clean) // STEPS_AN_EPOCH))), **hyperparameters})
     defense.check(given.model, clean)
     report: dict[str, Any] = {
         "verdict": NO_VERDICT, "label": None, "z": math.nan, "reach": math.nan, "samples": len(clean),
@@ -120,11 +123,17 @@ def suspect(
     ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
     of_two = len(ranking) == 2  # both have a z of 0.67 then, whatever the model
     label, verdict = decide(ranking, searched=unlearned.reached and not of_two)
+    if len(clean) < TOO_FEW:
+        verdict = UNCERTAIN
     if of_two:
         given.notes.append(
             "a model of two classes is always called uncertain: neither class can stand out from the other"
         )
-    if len(clean) < FEW:
+    if len(clean) < TOO_FEW:
+        given.notes.append(
+            f"{len(clean)} images are too few for another verdict than uncertain, which takes {TOO_FEW}; give {FEW} or more"
+        )
+    elif len(clean) < FEW:
         given.notes.append(
             f"{len(clean)} images are few for a verdict, which may be another one on others; give {FEW} or more"
         )
