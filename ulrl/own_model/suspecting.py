@@ -131,7 +131,8 @@ def suspect(
         )
     if len(clean) < TOO_FEW:
         given.notes.append(
-            f"{len(clean)} images are too few for another verdict than uncertain, which takes {TOO_FEW}; give {FEW} or more"
+            f"{len(clean)} images are too few for another verdict than uncertain, which takes {TOO_FEW}; "
+            f"give {FEW} or more"
         )
     elif len(clean) < FEW:
         given.notes.append(
