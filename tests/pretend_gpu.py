@@ -87,7 +87,7 @@ class PretendGPU(TorchFunctionMode):
         if owner == "is_cuda":
             return isinstance(args[0], OnGPU)
         if name in ("to", "cuda", "cpu") and isinstance(args[0], T):
-            return self._moved(func, name, args, kwargs)
+            return self._moved(name, args, kwargs)
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, T)]
         on_gpu = any(isinstance(t, OnGPU) for t in tensors)
@@ -125,7 +125,7 @@ class PretendGPU(TorchFunctionMode):
             if isinstance(stream, _OnGPU) != here:
                 raise RuntimeError(f"{name}: Expected a '{'cuda' if here else 'cpu'}' device type for generator")
 
-    def _moved(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _moved(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor, rest = args[0], list(args[1:])
         to_gpu = isinstance(tensor, OnGPU) if name == "to" else name == "cuda"
         if name != "to":
