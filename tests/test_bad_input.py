@@ -385,7 +385,9 @@ def test_evidence_of_any_kind_costs_no_repair(tiny_home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flagged", [[3, 1], (3, 1), np.array([3, 1]), torch.tensor([3, 1])], ids=lambda f: type(f).__name__
+    "flagged",
+    [[3, 1], (3, 1), np.array([3, 1]), torch.tensor([3, 1]), iter([np.int64(3), 1])],
+    ids=lambda f: type(f).__name__,
 )
 def test_flagged_is_a_list_of_classes(flagged: Any, tiny_home: Path) -> None:
     assert by_toy(lambda model: Repair(model, flagged=flagged))["flagged"] == [3, 1]
@@ -397,7 +399,10 @@ def test_flagged_is_a_list_of_classes(flagged: Any, tiny_home: Path) -> None:
         (lambda model: None, "run() of the defense toy returned NoneType"),
         (lambda model: model, "returned PreActResNet18; let it return Repair(model)"),
         (lambda model: Repair(None), "returned a Repair without a model"),  # type: ignore[arg-type]
+        (lambda model: Repair(model, flagged=None), "flagged None"),  # type: ignore[arg-type]
         (lambda model: Repair(model, flagged=[10]), "the defense toy flagged [10]"),
+        (lambda model: Repair(model, flagged=[True, False]), "flagged [True, False]"),
+        (lambda model: Repair(model, flagged=[3.0]), "flagged [3.0]"),  # type: ignore[list-item]
         (lambda model: Repair(model, flagged=torch.ones(10) > 0), "flagged [True"),  # type: ignore[arg-type]
     ],
 )

@@ -364,6 +364,13 @@ def test_a_method_that_adds_layers_is_refused(
     refused(lambda: ulrl.purify(backdoored, *clean, method="ft"), "ft adds parts to the model", "(0, 1, 1.body")
 
 
+def test_what_is_no_repair_is_told(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DEFENSES["ft"], "run", lambda *_: None)
+    refused(lambda: ulrl.purify(backdoored, *clean, method="ft"), "run() of the defense ft returned NoneType")
+
+
 def test_a_head_may_have_two_names(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
     named = copy.deepcopy(backdoored)
     named.classifier = nn.Sequential(nn.Identity(), named.classify)

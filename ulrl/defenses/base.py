@@ -6,7 +6,7 @@ A defense is given nothing else, so it cannot look at a poisoned sample or a tes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import nn
 
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
+from ulrl.errors import UserError
 from ulrl.options import option
 from ulrl.registry import Registry
 from ulrl.seeds import generator
@@ -76,6 +77,28 @@ class Defense:
         model: [B, C, H, W] float32 normalised to [B, K] logits, on the device of `clean`.
         """
         raise NotImplementedError
+
+    def run_checked(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
+        """As `run`, with `flagged` as a list of int, whatever held them.
+
+        Raises:
+            UserError: `run` returned no `Repair` of a model, or flagged what is no class.
+        """
+        repair: Any = self.run(model, clean, monitor)
+        if not isinstance(repair, Repair) or not isinstance(repair.model, nn.Module):
+            what = "a Repair without a model" if isinstance(repair, Repair) else type(repair).__name__
+            raise UserError(f"run() of the defense {self.name} returned {what}; let it return Repair(model)")
+        flagged: Any = repair.flagged
+        if hasattr(flagged, "__iter__"):
+            flagged = [k.item() if hasattr(k, "item") else k for k in flagged]
+        if not isinstance(flagged, list) or not all(
+            type(k) is int and 0 <= k < clean.spec.num_classes for k in flagged
+        ):
+            raise UserError(
+                f"run() of the defense {self.name} flagged {flagged}, which is no list of classes below "
+                f"{clean.spec.num_classes}; mend it"
+            )
+        return replace(repair, flagged=flagged)
 
     def batches(self, clean: ImageSet, stream: str, **how: Any) -> Batches:
         """Shuffled, augmented batches of the clean samples, from the named stream; how: arguments of `Batches`."""

@@ -123,5 +123,6 @@ def sweep(
 def _copy_weights(source: nn.Module, target: nn.Module) -> None:
     tensors = [(*model.parameters(), *model.buffers()) for model in (target, source)]
     for ours, theirs in zip(*tensors, strict=True):
-        if 0 not in ours.stride():  # nothing writes into an expanded buffer
+        expanded = any(step == 0 and size > 1 for step, size in zip(ours.stride(), ours.shape, strict=True))
+        if not expanded:  # else nothing could write into it, so it is as it was
             ours.copy_(theirs)

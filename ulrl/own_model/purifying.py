@@ -117,7 +117,7 @@ def purify(
     pixels, device = clean.spec.height * clean.spec.width, clean.device
     with threads_for(pixels, device), global_stream(defense.random_seed, "purify", device):
         before = accuracy(given.model, held_out, defense.amp)
-        repair: Repair = defense.run(given.model, train, monitor)
+        repair: Repair = defense.run_checked(given.model, train, monitor)
         if other := sorted(parts ^ _parts(repair.model)):  # its weights would fit the user's network no more
             raise UserError(
                 f"{method} adds parts to the model or takes some away ({', '.join(other[:3])}); a method must leave "

@@ -7,13 +7,12 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from ulrl.configure import DefenseRun
 from ulrl.data.datasets import load_dataset
@@ -29,7 +28,6 @@ from ulrl.record_writer import write_defense_result
 from ulrl.runs.common import (
     EpochJudge,
     log_file,
-    plain,
     stage_seconds,
     timed_judge,
     write_index,
@@ -97,7 +95,7 @@ def run_defense(
             record.model_name, model, clean_test, poisoned_test, defense.amp,
         )  # fmt: skip
         with global_stream(run.random_seed, "repair", device):  # dropout draws from torch's own generators
-            repair = _checked(defense.run(model, given, monitor), defense.name, record.num_classes)
+            repair = defense.run_checked(model, given, monitor)
         after = timed_judge(monitor, repair.model, clean_test, poisoned_test, defense.amp)
         if not repair.flagged and (policy := repair.evidence.get("on_empty")):
             log.warning("%s found no suspicious class%s", defense.name, ON_EMPTY.get(policy, ""))
@@ -159,23 +157,6 @@ def run_once(
                 log.info("%s is there already, and was not run again", folder)
                 return folder, False
     return run_defense(defense, record, run, bar=bar, draw=draw)[0], True
-
-
-def _checked(repair: Any, name: str, num_classes: int) -> Repair:
-    """What a defense returned, `flagged` as a list of int.
-
-    Raises:
-        UserError: it is no `Repair` of a model, or flags what is no class.
-    """
-    if not isinstance(repair, Repair) or not isinstance(repair.model, nn.Module):
-        what = "a Repair without a model" if isinstance(repair, Repair) else type(repair).__name__
-        raise UserError(f"run() of the defense {name} returned {what}; let it return Repair(model)")
-    flagged = plain(repair.flagged)
-    if not isinstance(flagged, list) or not all(type(k) is int and 0 <= k < num_classes for k in flagged):
-        raise UserError(
-            f"run() of the defense {name} flagged {flagged}, which is no list of classes below {num_classes}; mend it"
-        )
-    return replace(repair, flagged=flagged)
 
 
 def _target(poisoned: PoisonedSet) -> int | None:
