@@ -32,28 +32,49 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("z", "flagged", "reach", "verdict"),
+    ("z", "flagged", "reach", "margin", "verdict"),
     [
-        ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], (0, "uncertain")),  # far, however high it stands
-        ([9, 1, 2], [1, 0, 0], [0.2, 1, 1.2], (0, "backdoored")),
-        ([7, 1, 2], [1, 0, 0], [0.35, 1, 1.2], (0, "backdoored")),  # less near, but it stands high
-        ([5, 1, 2], [1, 0, 0], [0.35, 1, 1.2], (0, "uncertain")),
-        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], (0, "uncertain")),
-        ([9, 1, 2], [1, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),  # near, but another
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.2, 1.2], (1, "uncertain")),
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.6, 1.2], (1, "no evidence found")),
-        ([3, 9, 2], [0, 1, 0], [math.nan] * 3, (1, "uncertain")),
-        ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], (0, "uncertain")),
+        ([4, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [14, 10, -1], (0, "backdoored")),  # all three signs
+        ([4, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [14, 10, -1], (0, "backdoored")),
+        ([7, 1, 2], [1, 0, 0], [0.65, 1, 1.2], [14, 10, -1], (0, "uncertain")),  # two
+        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [12, 10, -1], (0, "uncertain")),
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.45, 1.2], [10, 14, -1], (1, "uncertain")),
+        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [12, 10, -1], (0, "no evidence found")),
+        ([7, 1, 2], [1, 0, 0], [1, 0.45, 1.2], [10, 9, 14], (0, "no evidence found")),  # each of another class
+        ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], [10, 10, 10], (0, "no evidence found")),
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.7, 1.2], [10, 10, 10], (0, "no evidence found")),
+        ([9, 1, 2], [1, 0, 0], [0.2, 1, 1.2], [1, 1, 1], (0, "backdoored")),  # so near that the margin is not needed
+        ([7, 1, 2], [1, 0, 0], [0.35, 1, 1.2], [1, 1, 1], (0, "backdoored")),  # less near, but it stands high
+        ([5, 1, 2], [1, 0, 0], [0.35, 1, 1.2], [1, 1, 1], (0, "uncertain")),
+        ([9, 1, 2], [1, 0, 0], [0.9, 0.2, 1.2], [1, 1, 1], (1, "uncertain")),  # so near, but another
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 21, 3], (1, "uncertain")),  # so far ahead
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 19, 3], (1, "no evidence found")),
+        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [3, -1, -2], (0, "backdoored")),  # of the others none can be had
+        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [-1, -3, -2], (0, "no evidence found")),
+        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [math.nan] * 3, (0, "uncertain")),
+        ([3, 9, 2], [0, 1, 0], [math.nan] * 3, [1, 1, 1], (1, "uncertain")),
+        ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], [14, 10, -1], (0, "uncertain")),
     ],
 )
-def test_verdicts(z: list[float], flagged: list[int], reach: list[float], verdict: tuple[int, str]) -> None:
-    ranking = pd.DataFrame({"z": z, "flagged": np.array(flagged, bool), "reach": reach})
+def test_verdicts(
+    z: list[float], flagged: list[int], reach: list[float], margin: list[float], verdict: tuple[int, str]
+) -> None:
+    ranking = pd.DataFrame({"z": z, "flagged": np.array(flagged, bool), "reach": reach, "margin": margin})
     assert decide(ranking) == verdict
 
 
 def test_no_evidence_is_not_found_by_a_search_that_failed() -> None:
-    ranking = pd.DataFrame({"z": [3.0, 1.0], "flagged": [False, False], "reach": [0.9, 1.1]})
+    ranking = pd.DataFrame({"z": [3.0, 1.0], "flagged": [False, False], "reach": [0.9, 1.1], "margin": [1.0, 1.0]})
     assert decide(ranking, searched=False) == (0, "uncertain")
+
+
+def test_noise_has_the_largest_margin_for_the_target_alone(
+    backdoored: nn.Module, innocent: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    found, plain = (ulrl.suspect(model, *clean, unlearning_epochs=1).ranking.margin for model in (backdoored, innocent))
+    assert found.idxmax() == TARGET
+    assert found[TARGET] > 1.3 * found.drop(TARGET).max()
+    assert plain[TARGET] < plain.max()
 
 
 def test_of_two_classes_none_can_be_cleared(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -106,7 +127,7 @@ def test_an_unlearning_that_ends_early_names_whose_options_to_raise(
 
 
 def test_the_verdict_stands_on_a_line_of_its_own() -> None:
-    ranking = pd.DataFrame({"z": [2.0, 1.0], "flagged": [False, False], "reach": [0.4, 0.6]})
+    ranking = pd.DataFrame({"z": [2.0, 1.0], "flagged": [False, False], "reach": [0.4, 0.6], "margin": [3.0, 1.0]})
     verdict, said = "verdict: no evidence found; look at 8", io.StringIO()
     Console(file=said, width=80).print(suspicion_table(ranking, ["8", "9"], verdict))
     assert verdict in said.getvalue()

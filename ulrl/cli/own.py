@@ -73,7 +73,7 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
     """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
     from ulrl import own_files
     from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN
-    from ulrl.own_model.suspecting import FAR_ABOVE, NEAR, NEAR_ENOUGH
+    from ulrl.own_model.suspecting import AHEAD, HIGH, NEAR, NEAR_AHEAD, NEAR_ALONE, NEAR_HIGH
     from ulrl.report.tables import suspicion_table
 
     try:
@@ -93,8 +93,10 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
         raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
     log.info(
-        "flagged: a z above %g; near: a reach below %g, or below %g with a z above %g; docs/verdicts.md says what that "
-        "is worth, and what to do", found.report["options"]["z_threshold"], NEAR, NEAR_ENOUGH, FAR_ABOVE,
+        "signs of a backdoor: flagged, a z above %g; near, a reach below %g; ahead, a margin %g times the next. "
+        "Backdoored: flagged with a reach below %g, or below %g with a z above %g, or below %g and ahead. "
+        "docs/verdicts.md says what that is worth, and what to do",
+        found.report["options"]["z_threshold"], NEAR, AHEAD, NEAR_ALONE, NEAR_HIGH, HIGH, NEAR_AHEAD,
     )  # fmt: skip
     if run.check:
         sys.exit({NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}[found.verdict])

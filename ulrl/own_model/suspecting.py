@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ulrl.defenses.margin import CLIMB, margins_from_noise
 from ulrl.defenses.universal import STEPS, smallest_universal
 from ulrl.machine import plain_defaults, threads_for
 from ulrl.own_model.given import UNREADABLE, Augment, Images, Progress, make_method, make_monitor, prepare, say
@@ -24,9 +25,12 @@ SEARCH_SAMPLES = 32
 SEARCH_CLASSES = 10
 FEW = 200  # images; how often verdicts are right was measured on as many and more
 TOO_FEW = 20  # images below which the verdict is uncertain, whatever is seen
-# Shares of the median norm: near, and near enough for a class whose z is above FAR_ABOVE. Set on small models, all of
-# which docs/verdicts.md names.
-NEAR, NEAR_ENOUGH, FAR_ABOVE = 0.25, 0.4, 6.0
+# Signs of a backdoor: a reach below NEAR, and a margin that is AHEAD times the next one. A flagged class needs a reach
+# below NEAR_ALONE to be a backdoor's; below NEAR_HIGH where its z is above HIGH, below NEAR_AHEAD where it is ahead.
+# Unflagged, NEAR_ALONE or FAR_AHEAD make it uncertain. Set on small models, all of which docs/verdicts.md names.
+NEAR, AHEAD = 0.5, 1.3
+NEAR_ALONE, NEAR_HIGH, NEAR_AHEAD = 0.25, 0.4, 0.6
+HIGH, FAR_AHEAD = 6.0, 2.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,8 +41,10 @@ class Suspicion:
     verdict". label: the most suspicious class, None without a verdict. z: its robust z in the ranking. reach: the
     norm of the smallest universal perturbation found that leads to it, as a share of the median over the classes
     that were compared. ranking: one row per class: change, z, flagged, perturbation (the norm, where the range of
-    the samples is 1; infinite where none was found, missing where none was searched) and reach; without rows where
-    there is no verdict. report: JSON-able but for a z or reach that is NaN; its notes say what to mind.
+    the samples is 1; infinite where none was found, missing where none was searched), reach and margin (by how much
+    the logit of the class exceeds all others on noise that was changed to this end, missing where that was not done);
+    without rows where there is no verdict. report: JSON-able but for a z or reach that is NaN; its notes say what to
+    mind.
     """
 
     verdict: str
@@ -52,7 +58,7 @@ class Suspicion:
         """The verdict, the five classes of the highest z, and the notes, as text."""
         lines = [self.verdict if self.label is None else f"{self.verdict}; look at class {self.label}"]
         if len(self.ranking):
-            top = self.ranking.sort_values("z", ascending=False).head()[["z", "flagged", "reach"]]
+            top = self.ranking.sort_values("z", ascending=False).head()[["z", "flagged", "reach", "margin"]]
             lines.append(top.round(2).to_string(na_rep="-"))
         return "\n".join([*lines, *(f"note: {note}" for note in self.report["notes"])])
 
@@ -72,17 +78,20 @@ def suspect(
 ) -> Suspicion:
     """Say which class of a model is most suspicious, and whether that is evidence of a backdoor. Repairs nothing.
 
-    Two pieces of evidence are wanted, as either alone is seen in models without a backdoor: that ULRL's ranking
-    (whose options are the hyperparameters) flags the class, and that the class is near, as a trigger is a short
-    way to it from every image. For the ten classes of the largest z (all, when there are no more) the smallest
-    universal perturbation is searched, on up to 32 of the images; a class's reach is the norm of its perturbation
-    as a share of their median. The verdict is
+    Three signs of a class are looked for, each of which is seen in models without a backdoor, too. It is *flagged*:
+    ULRL's ranking (whose options are the hyperparameters) has it far above the others. It is *near*: a trigger is a
+    short way to its class from every image, so for the ten classes of the largest z (all, when there are no more) the
+    smallest universal perturbation is searched, on up to 32 of the images, and a class is near whose reach, the norm
+    of its perturbation as a share of their median, is below 0.5. It is *ahead*: noise that is changed a little makes
+    the model surer of it than of the others, by a margin that is 1.3 times the next. The verdict is
 
-    - "backdoored" when a flagged class has a reach below 0.25, or below 0.4 where its z is above 6;
-    - "uncertain" when only one of the two is seen: a class is flagged, however far it is, or one is near; when
-      either was sought in vain: unlearning ended above its goal, a perturbation was found for less than half of
-      the classes searched, or the model has two classes, of which neither can stand out from the other; and,
-      whatever is seen, on fewer than 20 images;
+    - "backdoored" when a flagged class has a reach below 0.25, below 0.4 where its z is above 6, or below 0.6 where it
+      is ahead;
+    - "uncertain" when a class bears two of the signs, has a reach below 0.25 or is ahead by twice the next; when they
+      were sought in vain:
+      unlearning ended above its goal, a perturbation was found for less than half of the classes searched, or the
+      model has two classes, of which neither can stand out from the other; and, whatever is seen, on fewer than 20
+      images;
     - "no evidence found" otherwise, which is no proof that there is no backdoor;
     - "no verdict", and nothing is searched, when the model's answers agree with the labels hardly more than by
       chance (Cohen's kappa below 0.25: 32% right on ten classes of equal size): then the labels are wrong, or the
@@ -107,7 +116,7 @@ def suspect(
         "classes": clean.spec.num_classes, "options": {**vars(defense)}, "notes": given.notes,
     }  # fmt: skip
     if given.reading < UNREADABLE:
-        none = pd.DataFrame(columns=["change", "z", "flagged", "perturbation", "reach"])
+        none = pd.DataFrame(columns=["change", "z", "flagged", "perturbation", "reach", "margin"])
         say(given.notes)
         return Suspicion(NO_VERDICT, None, math.nan, math.nan, none, report)
     pixels = clean.spec.height * clean.spec.width
@@ -116,11 +125,17 @@ def suspect(
         order = torch.from_numpy(ranking.z.where(ranking.change > ranking.change.median(), 0).to_numpy(copy=True))
         classes = order.argsort(descending=True, stable=True)[:SEARCH_CLASSES].to(clean.device)
         drawn = torch.randperm(len(clean), generator=generator(defense.random_seed, "search"))[:SEARCH_SAMPLES]
+        few = clean.subset(drawn)
         with monitor.stage("search", STEPS) as stage:
-            norms = smallest_universal(given.model, clean.subset(drawn), classes, stage, amp=defense.amp)
+            norms = smallest_universal(given.model, few, classes, stage, amp=defense.amp)
+        with monitor.stage("margin", CLIMB) as stage:
+            margins = margins_from_noise(
+                given.model, few, classes, stage, amp=defense.amp, random_seed=defense.random_seed
+            )
     ranking["perturbation"] = pd.Series(norms.cpu().double().numpy(), index=classes.tolist())
     usual = ranking.perturbation.median()
     ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
+    ranking["margin"] = pd.Series(margins.cpu().double().numpy(), index=classes.tolist())
     of_two = len(ranking) == 2  # both have a z of 0.67 then, whatever the model
     label, verdict = decide(ranking, searched=unlearned.reached and not of_two)
     if len(clean) < TOO_FEW:
@@ -157,16 +172,24 @@ def suspect(
 
 
 def decide(ranking: pd.DataFrame, searched: bool = True) -> tuple[int, str]:
-    """The class to look at and the verdict, by the table in `suspect`. ranking: z, flagged, reach by class."""
-    z, marked, reach = (ranking[key].to_numpy() for key in ("z", "flagged", "reach"))
+    """The class to look at and the verdict, by the signs in `suspect`. ranking: z, flagged, reach, margin by class."""
+    z, flagged, reach, margin = (ranking[key].to_numpy(float) for key in ("z", "flagged", "reach", "margin"))
     if np.isnan(reach).all():
         return int(z.argmax()), UNCERTAIN
-    near = reach < NEAR  # NaN is not
-    both = marked & (near | ((reach < NEAR_ENOUGH) & (z > FAR_ABOVE)))
-    if both.any():
-        return int(np.nanargmin(np.where(both, reach, np.nan))), BACKDOORED
-    if near.any():
-        return int(np.nanargmin(reach)), UNCERTAIN
-    if marked.any():
-        return int(np.where(marked, z, -np.inf).argmax()), UNCERTAIN
-    return int(np.nanargmin(reach)), NO_EVIDENCE if searched else UNCERTAIN
+    marked, lead = flagged == 1, _lead(margin)
+    ahead = lead >= AHEAD
+    limit = np.where(ahead, NEAR_AHEAD, np.where(z > HIGH, NEAR_HIGH, NEAR_ALONE))
+    if (found := marked & (reach < limit)).any():  # a reach that is NaN is not
+        return int(np.nanargmin(np.where(found, reach, np.nan))), BACKDOORED
+    signs = marked * 1 + np.where(reach < NEAR_ALONE, 2, reach < NEAR) + np.where(lead >= FAR_AHEAD, 2, ahead)
+    look = np.lexsort((z, signs))[-1]  # the most signs and, of those, the highest z
+    return int(look), UNCERTAIN if signs[look] >= 2 or not searched else NO_EVIDENCE
+
+
+def _lead(margin: np.ndarray) -> np.ndarray:
+    """How many times the next lower one the largest margin is: [K], zero for all others. NaN: not measured."""
+    lead, order = np.zeros(len(margin)), np.argsort(np.nan_to_num(margin, nan=-np.inf))
+    highest, following = margin[order[-1]], margin[order[-2]]
+    if highest > 0:
+        lead[order[-1]] = highest / following if following > 0 else np.inf
+    return lead

@@ -236,15 +236,15 @@ def _spread(mean: float, deviation: float, scale: float) -> str:
 
 
 def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -> Table:
-    """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` where no perturbation was searched."""
+    """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` for what was not searched."""
     caption = printable(verdict)
     table = Table(title="suspicious classes", caption=escape(caption), title_style="bold", min_width=len(caption))
-    for column in ("class", "z", "flagged", "reach"):
+    for column in ("class", "z", "flagged", "reach", "margin"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for label in ranking.z.argsort()[::-1][:10].tolist():
         row = ranking.iloc[label]
-        reach = "-" if math.isnan(row.reach) else f"{row.reach:.2f}"
-        table.add_row(escape(printable(names[label])), f"{row.z:.1f}", "yes" if row.flagged else "", reach)
+        searched = ["-" if math.isnan(x) else f"{x:.{places}f}" for x, places in ((row.reach, 2), (row.margin, 1))]
+        table.add_row(escape(printable(names[label])), f"{row.z:.1f}", "yes" if row.flagged else "", *searched)
     return table
 
 
