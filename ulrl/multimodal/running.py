@@ -23,7 +23,7 @@ from ulrl.data.datasets import clean_subset, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.ulrl import ULRL
 from ulrl.errors import UserError
-from ulrl.files import home, whole_file, whole_folder
+from ulrl.files import check_folder_name, home, whole_file, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import TOOK, Judgement, defense_effectiveness, ranking_judgement, took
 from ulrl.multimodal.captions import SLOTS, Facts, prompts
@@ -108,8 +108,7 @@ def run_clip(
         raise UserError(f"--repairs {run.repairs}: {unknown[0]!r} is none of {', '.join(REPAIRS)}")
     check_attack(attack)
     name = run.save_folder_name or attack.name
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    check_folder_name(name, "--save_folder_name")
     final, device = home() / "record" / "clip" / name, pick_device(run.device)
     peak, monitor = PeakMemory(device), Monitor(bar=bar)
     with (
