@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, require_shifts, worst_noise
 from ulrl.models.copying import copied
-from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import SCHEDULERS, Monitor, cross_entropy, head_inputs
@@ -23,7 +22,7 @@ _RELEASE = "BAN release"
 
 @register("ban")
 @dataclass(frozen=True)
-class BAN(FineTuning):
+class BAN(OnHead, FineTuning):
     """Detection, on a copy, then mitigation.
 
     Detection: a mask on what the head is given is trained so that the masked features keep the task and the rest of
@@ -64,11 +63,10 @@ class BAN(FineTuning):
     mask_weight: float = option(0.75, "weight of detection's mask's norm", source=_RELEASE, low=0)
     detection_steps: int = option(30, "steps of detection's noise", source=_RELEASE, low=1)
     share_threshold: float = option(0.5, "share of the clean samples above which a class is flagged", low=0, high=1)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
         require_shifts(model)
-        find_head(model, clean.spec.num_classes, self.linear_name)
+        super().check(model, clean)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         shares = self._shares(copied(model), clean, monitor)
@@ -81,7 +79,7 @@ class BAN(FineTuning):
         """Which share of the clean samples `model` under noise gives each class, from the features that the task does
         not need: float64 [K]. The model's statistics move.
         """
-        head = find_head(model, clean.spec.num_classes, self.linear_name)[1]
+        head = self.head(model, clean)[1]
         weight, bias = head.weight.detach().flatten(1), None if head.bias is None else head.bias.detach()
         features = head_inputs(model, head, clean, self.amp)
         stream = generator(self.random_seed, "detect", clean.device)

@@ -10,9 +10,9 @@ from torch import nn
 
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Defense, Repair, register
+from ulrl.defenses.base import Defense, OnHead, Repair, register
 from ulrl.defenses.perturbation import still
-from ulrl.models.head import Head, find_head, watched
+from ulrl.models.head import Head, watched
 from ulrl.options import option
 from ulrl.seeds import generator, global_stream
 from ulrl.training import Monitor, Objective, fit, head_inputs
@@ -22,7 +22,7 @@ _RELEASE = "BTI-DBF release"
 
 @register("bti-dbf")
 @dataclass(frozen=True)
-class BTIDBF(Defense):
+class BTIDBF(OnHead, Defense):
     """BTI-DBF (U), trigger inversion by decoupling benign features ("Towards Reliable and Efficient Backdoor Trigger
     Inversion via Decoupling Benign Features"). In each of `n_rounds`:
 
@@ -55,13 +55,9 @@ class BTIDBF(Defense):
     epochs: int = option(30, "epochs of unlearning in a round", source=_RELEASE, low=1)
     lr: float = option(1e-4, "learning rate of unlearning", source=_RELEASE, low=0)
     share: float = option(0.1, "share of a batch that is changed, one image at least", source=_RELEASE, low=0, high=1)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        head = find_head(model, clean.spec.num_classes, self.linear_name)[1]
+        head = self.head(model, clean)[1]
         with global_stream(self.random_seed, "generator"):
             change = _Generator(clean.spec.channels, min(clean.images.shape[2:])).to(clean.device)
         of_change, of_model = torch.optim.Adam(change.parameters(), self.generator_lr), self.optimizer(model)

@@ -12,13 +12,12 @@ from torch import nn
 from ulrl.data.batches import Batches, normalise, pixels
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.astray import Fixed, Learning, leading
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
 from ulrl.models.copying import copied
-from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, Objective, measure_statistics
 
@@ -30,7 +29,7 @@ _SHOWN = 512  # clean images, at most, on which corruptions that lead astray are
 
 @register("harden")
 @dataclass(frozen=True)
-class Harden(FineTuning):
+class Harden(OnHead, FineTuning):
     """Two stages on the clean images alone, between which the target is looked for. A backdoor is a corruption that
     the model obeys; the corruptions here are random ones and ones that lead it astray (see `corruptions`, `astray`).
 
@@ -73,13 +72,9 @@ class Harden(FineTuning):
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
     hold_weight: float = option(1.0, "weight of corrupted images in restoring; twice, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        name, head = self.head(model, clean)
         original = copied(model).requires_grad_(False)
         original.eval()
         diagnosis = ULRL(
