@@ -132,11 +132,14 @@ class TrainOptions:
         return make_scheduler(optimizer, self.lr_scheduler, self.epochs, self.steplr_milestones, self.steplr_gamma)
 
 
-def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wd: float = 0.0) -> torch.optim.Optimizer:
-    """One of OPTIMIZERS for all parameters of `model`; `momentum` is sgd's, and adamw's decay is decoupled."""
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, momentum: float, wd: float = 0.0, *, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS for all parameters of `model`; `momentum`, Nesterov's or not, is sgd's, and adamw's decay is
+    decoupled."""
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=wd)
-    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=wd)
+    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=wd, nesterov=nesterov and momentum > 0)
 
 
 def make_scheduler(

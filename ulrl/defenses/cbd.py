@@ -16,7 +16,7 @@ from ulrl.defenses.perturbation import still
 from ulrl.models.head import watched
 from ulrl.options import option
 from ulrl.seeds import global_stream
-from ulrl.training import Monitor, fit, make_scheduler
+from ulrl.training import Monitor, fit, make_optimizer, make_scheduler
 
 _RELEASE = "CBD release"
 
@@ -92,9 +92,7 @@ class CBD(OnHead, Defense):
         return Repair(model)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
-        )
+        return make_optimizer(model, "sgd", self.lr, self.momentum, self.weight_decay, nesterov=True)
 
 
 class _Critic(nn.Module):
