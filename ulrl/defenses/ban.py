@@ -110,7 +110,7 @@ class BAN(OnHead, FineTuning):
 
     def _mitigate(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> None:
         stream = generator(self.random_seed, "noise", clean.device)
-        with masked(model, Perturbed, SCALE_AND_SHIFT, frozen=False) as masks:
+        with masked(model, Perturbed, SCALE_AND_SHIFT, weights_too=True) as masks:
             noises: list[torch.Tensor] = [m.noise for m in masks if isinstance(m, Perturbed)]
             for m in masks:
                 m.mask.requires_grad_(False)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ulrl.errors import UserError
-from ulrl.training import channels_first
+from ulrl.training import channels_first, frozen
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,32 +65,28 @@ def require_shifts(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def masked(
-    model: nn.Module, kind: type[Mask] = Mask, tensors: tuple[str, ...] = ("weight",), *, frozen: bool = True
+    model: nn.Module, kind: type[Mask] = Mask, tensors: tuple[str, ...] = ("weight",), *, weights_too: bool = False
 ) -> Iterator[list[Mask]]:
     """Inside the block the `tensors` of every normalisation layer are `kind` of what they are; afterwards the model is
-    plain again. `frozen`: only the masks can be trained, and the weights stay what they were.
+    plain again. Only the masks can be trained, unless the weights can `weights_too`.
 
     Yields the masks, in the order of `norm_layers` and of `tensors` within a layer.
     """
     layers = norm_layers(model).values()
-    trainable = [p for p in model.parameters() if p.requires_grad] if frozen else []
     masks = []
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        for layer in layers:
-            for tensor in tensors:
-                masks.append(kind(getattr(layer, tensor)))
-                parametrize.register_parametrization(layer, tensor, masks[-1])
-        with channels_first(model):
-            yield masks
-    finally:
-        for layer in layers:
-            for tensor in tensors:
-                if parametrize.is_parametrized(layer, tensor):
-                    parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
-        for p in trainable:
-            p.requires_grad_(True)
+    with frozen(() if weights_too else model.parameters()):
+        try:
+            for layer in layers:
+                for tensor in tensors:
+                    masks.append(kind(getattr(layer, tensor)))
+                    parametrize.register_parametrization(layer, tensor, masks[-1])
+            with channels_first(model):
+                yield masks
+        finally:
+            for layer in layers:
+                for tensor in tensors:
+                    if parametrize.is_parametrized(layer, tensor):
+                        parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
 
 
 def worst_noise(
