@@ -12,6 +12,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, require_shifts, worst_noise
+from ulrl.metrics import class_shares
 from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.seeds import generator
@@ -106,7 +107,7 @@ class BAN(OnHead, FineTuning):
             worst_noise(noises, lambda: cross_entropy(model, x, y)[0], self.noise_eps, self.detection_steps, stream)
             noisy = head_inputs(model, head, clean, self.amp)
         classes = F.linear((1 - mask.detach()) * noisy, weight, bias).argmax(1)
-        return classes.bincount(minlength=clean.spec.num_classes).cpu().double() / len(clean)
+        return class_shares(classes, clean.spec.num_classes)
 
     def _mitigate(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> None:
         stream = generator(self.random_seed, "noise", clean.device)

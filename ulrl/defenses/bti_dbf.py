@@ -12,6 +12,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, OnHead, Repair, register
 from ulrl.defenses.perturbation import still
+from ulrl.metrics import class_shares
 from ulrl.models.head import Head, watched
 from ulrl.options import option
 from ulrl.seeds import generator, global_stream
@@ -148,7 +149,7 @@ class BTIDBF(OnHead, Defense):
 def _answers(model: nn.Module, change: nn.Module, clean: ImageSet, batch_size: int) -> torch.Tensor:
     """Which share of the changed images `model` gives each class: float64 [K] on the CPU."""
     classes = torch.cat([model(x + change(x)).argmax(1) for x, _ in Batches(clean, batch_size)])
-    return classes.bincount(minlength=clean.spec.num_classes).cpu().double() / len(clean)
+    return class_shares(classes, clean.spec.num_classes)
 
 
 class _Generator(nn.Module):
