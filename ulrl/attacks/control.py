@@ -83,14 +83,7 @@ def parts(batch: int, bad: float, crossed: float, stream: torch.Generator) -> tu
 
 
 def cross_positions(attack: Attack, labels: torch.Tensor, chosen: torch.Tensor, share: float) -> torch.Tensor:
-    """Positions of the cross samples that the record shows: `share` of all, as far as there are, ascending.
-
-    None of the target class in all2one, where a kept label would not tell them from poisoned ones.
-    """
-    free = torch.ones(len(labels), dtype=torch.bool)
-    free[chosen] = False
-    if attack.attack_label_trans == "all2one":
-        free &= labels != attack.attack_target
-    candidates = free.nonzero().flatten()
+    """Positions of the cross samples that the record shows: `share` of all, as far as there are, ascending."""
+    candidates = attack.cover_candidates(labels, chosen)
     count = min(round(share * len(labels)), len(candidates))
     return some(candidates, count, generator(attack.random_seed, "cover"))
