@@ -62,7 +62,6 @@ class SSFT(Unlearning):
     eight leave BadNets 20 to 32%, and layer2.1 leaves WaNet 34% (on 1,500 of the triggered images).
     """
 
-    unlearning_epochs: int = option(20, "unlearning epochs at most", source="RNP release", low=1)
     gamma: float = option(0.001, "what is left of the connection (0 in the release)", low=0.001, high=1)
     epochs: int = option(10, "fine-tuning epochs", source=_RELEASE, low=1)
     lr: float = option(0.01, "learning rate of fine-tuning", source=_RELEASE, low=0)

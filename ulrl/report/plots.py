@@ -46,10 +46,7 @@ def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles:
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(row, images, strict=True):
-            pixels = image.transpose(1, 2, 0)
-            ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            _show(ax, image)
     for ax, text in zip(axes[0], titles, strict=True):
         ax.set_title("\n".join(map(_plain, text.split("\n"))), fontsize=8)
     figure.suptitle(_plain(title), fontsize=11)
@@ -70,10 +67,7 @@ def recovered_triggers(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]],
         shown = (found["clean"], found["poisoned"], stamped, 255 * found["true_mask"][None], 255 * mask[None])
         row[0].set_ylabel(_plain(name), rotation=0, ha="right", va="center", fontsize=8)
         for ax, image in zip(row, shown, strict=True):
-            pixels = image.transpose(1, 2, 0)
-            ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            _show(ax, image)
     for ax, text in zip(axes[0], ("image", "true trigger", "found trigger", "true mask", "found mask"), strict=True):
         ax.set_title(text, fontsize=8)
     figure.suptitle(_plain(title), fontsize=10)
@@ -305,6 +299,14 @@ def tsne(path: Path, features: Mapping[str, np.ndarray], groups: np.ndarray, cla
         handletextpad=0.2,
     )
     _save(figure, path, format, paper)
+
+
+def _show(ax: Axes, image: np.ndarray) -> None:
+    """image: [C, H, W] in [0, 255], C 1 or 3."""
+    pixels = image.transpose(1, 2, 0)
+    ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
+    ax.set_xticks([])
+    ax.set_yticks([])
 
 
 def _plain(text: str) -> str:
