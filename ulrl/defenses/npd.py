@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -151,11 +152,10 @@ def _find(model: nn.Module, x: torch.Tensor, num_classes: int, name: str | None)
 
         return hook
 
-    hooks = [m.register_forward_hook(saw(path)) for path, m in model.named_modules()]
-    with torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(saw(path)))
         model(x[:2])
-    for hook in hooks:
-        hook.remove()
     places, hidden = {}, hidden_convolutions(model, num_classes)
     for path, (convolution, output) in outputs.items():
         norm = next((n for n, given in norms if given is output and n.running_mean is not None), None)
@@ -179,10 +179,9 @@ def _identity(model: nn.Module, place: _Place, batches: Batches) -> nn.Sequentia
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         norm(output)
 
-    hook = place.convolution.register_forward_hook(watch)
-    for x, _ in batches:
-        model(x)
-    hook.remove()
+    with place.convolution.register_forward_hook(watch):
+        for x, _ in batches:
+            model(x)
     plug.eval()
     assert norm.running_var is not None
     assert norm.running_mean is not None
