@@ -135,7 +135,7 @@ class Harden(OnHead, FineTuning):
         for _ in range(_LOOKS):
             for x, y in Batches(clean, self.batch_size):
                 with autocast(clean.device, self.amp):
-                    x = corruptions(x, learning_share=0)
+                    x = corruptions.random(x)
                     more = original(x).float().softmax(1) - hardened(x).float().softmax(1)
                 others = F.one_hot(y, len(sums)) == 0
                 sums += (more * others).sum(0)
@@ -173,7 +173,8 @@ class _Corruptions:
     def __init__(self, spec: DatasetSpec, draws: Draws, learning_share: float) -> None:
         self.draws, self.learning = draws, Learning(draws)
         self._spec, self._share = spec, learning_share
-        self._found, self._leads = list[Fixed](), torch.empty(0)
+        self._found: list[Fixed] = []
+        self._leads = torch.empty(0)
 
     def seek(self, model: nn.Module, clean: ImageSet, tries: int, amp: bool) -> None:
         """Take half of the random corruptions near those of `tries` that lead `model` astray; who leads far, more."""
@@ -191,16 +192,20 @@ class _Corruptions:
         """Normalised images as the corruptions take them."""
         return (pixels(x, self._spec) / 255).clamp(0, 1)
 
-    def __call__(self, x: torch.Tensor, learning_share: float | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             images = self._shown(x)
-            share = self._share if learning_share is None else learning_share
-            first = len(x) - round(share * len(x))
-            found = first // 2 if self._found and learning_share is None else 0
+            first = len(x) - round(self._share * len(x))
+            found = first // 2 if self._found else 0
             parts = images[:found].split(2) if found else ()
             changed = [self._sought()(part) for part in parts]
             changed += [corrupt(images[found:first], self.draws), self.learning.apply(images[first:])]
             return normalise(torch.cat(changed) * 255, self._spec)
+
+    def random(self, x: torch.Tensor) -> torch.Tensor:
+        """As a call, but all of the batch corrupted at random: by nothing that was sought or that learns."""
+        with torch.autocast(x.device.type, enabled=False):
+            return normalise(corrupt(self._shown(x), self.draws) * 255, self._spec)
 
     def _sought(self) -> Fixed:
         found = self._found[self.draws.among(self._leads)]
