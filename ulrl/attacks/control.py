@@ -70,7 +70,7 @@ def poison_share(attack: Attack, lab: Lab) -> float:
 
 
 def parts(batch: int, bad: float, crossed: float, stream: torch.Generator) -> tuple[int, int]:
-    """How many of a batch to poison and to cross, cut to whole ones; less than one is one now and then, at random."""
+    """How many images of a batch to poison and to cross: cut to whole ones; less than one is one with that chance."""
 
     def count(share: float) -> int:
         wanted = share * batch

@@ -33,7 +33,7 @@ class CLP(OutlierPruning):
     bound. Which feeds which is seen in a forward pass; the release and BackdoorBench take the convolution
     listed before a BatchNorm, which in pre-activation nets is another one.
 
-    Pruning zeroes the filter and the scale and shift after it, so that the channel is silent on every way.
+    Pruning zeroes the filter and the scale and shift after it, so that the channel is silent whichever way it is read.
     No clean sample is looked at: the forward pass is one of zeros.
     """
 

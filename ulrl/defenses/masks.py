@@ -94,7 +94,7 @@ def worst_noise(
 ) -> None:
     """Fill `noises`, in place, with the worst within `bound`: from a random start, `steps` signed steps up `loss`.
 
-    That of a layer which takes no part stays as it was drawn.
+    The noise of a layer that has no part in the loss stays as it was drawn.
     """
     with torch.no_grad():
         for noise in noises:

@@ -38,9 +38,10 @@ class NPD(Defense):
 
     Per batch: a perturbation within L2 `trigger_norm` (pixels in [0, 1]) towards each image's second most
     likely class, in `inner_steps` signed steps that end where 60 % of the batch is fooled; then one step of
-    the polarizer down lmd1 * clean loss + lmd2 * loss of the attacked images under the class of the clean
-    ones + lmd3, lmd4 * probability of their most likely wrong class, of the attack's target. As in the release the
-    clean samples are not augmented, and the rate is constant.
+    the polarizer down lmd1 * clean loss + lmd2 * loss of the attacked images under the class that the model gives the
+    clean ones - lmd3 * log(1 - p) - lmd4 * log(1 - q), with p the attacked images' probability of their most likely
+    wrong class and q that of the attack's target. As in the release the clean samples are not augmented, and the rate
+    is constant.
 
     The paper puts the polarizer before a convolution with padding, from where its shift cannot be folded into the
     model: at the borders the padding has none. Here it stands behind that convolution, before the BatchNorm

@@ -78,10 +78,10 @@ class Unlearning(Defense):
     def unlearn(self, model: nn.Module, clean: ImageSet, monitor: Monitor, *, in_eval: bool = False) -> Unlearned:
         """Maximise the cross-entropy on `clean` until its accuracy is at most `clean_threshold`.
 
-        Or at most that of one and the same answer to all of them: a model that has forgotten everything gives
-        one, and TSBD's threshold of 0.1 lies below its accuracy as often as not. Works on a copy: `model` is
-        left as it was. The accuracy is that of the running epoch, in train mode, as in the releases of ULRL and
-        RNP; or, `in_eval`, the finished epoch's in eval mode, as in TSBD's.
+        The goal is no less than the share of the most frequent class: a model that has forgotten everything gives
+        all samples one class, and with ten classes TSBD's threshold of 0.1 often lies below what is right by that.
+        Works on a copy: `model` is left as it was. The accuracy is that of the running epoch, in train mode, as in
+        the releases of ULRL and RNP; or, `in_eval`, the finished epoch's in eval mode, as in TSBD's.
 
         With sgd, whatever relearns later, as in the releases: its changes are in proportion to the gradients, which is
         what a ranking of the weights that moved most reads. AdamW gives every weight about the same step, and no class

@@ -23,8 +23,8 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
     channels (SqueezeNet's). `weight.flatten(1)` has a row per class for either.
 
     Raises:
-        UserError: there is none, the named one is no such layer, its weight is computed of others, or serves another
-            layer, too.
+        UserError: there is none, the named one is no such layer, or its weight is computed of others (spectral_norm) or
+            shared with another layer.
     """
     linear, convolutions = {}, {}
     for path, module in model.named_modules(remove_duplicate=False):  # a head may be known by two names

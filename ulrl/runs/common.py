@@ -90,8 +90,8 @@ def plain(value: Any) -> Any:
 
 
 def write_result(folder: Path, result: dict[str, Any], draw: Callable[[Path], object] | None) -> None:
-    """`result.json`, and what `draw` makes of the folder. It has its temporary name yet, so that a kill leaves neither
-    a run without its pictures nor a part of one. No picture is worth the run: one that fails is only told."""
+    """Write `result.json`, and let `draw` make its pictures of the folder, which still has its temporary name: a run
+    that is killed leaves nothing half drawn. A picture that fails is logged and does not fail the run."""
     write_json(folder / "result.json", result)
     if draw is not None:
         try:
