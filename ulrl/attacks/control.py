@@ -21,7 +21,8 @@ class BatchPoisoning(Attack):
     place and keeps its label (cross or negative samples), so that only the exact trigger works.
 
     As in BackdoorBench, the part of a batch is cut down to whole images: a `pratio` of 0.1 means 12 of 128, and 0.015
-    means 1 as 0.01 does. The training is the run's, with the data set's own augmentation, where BackdoorBench's scripts
+    means 1 as 0.01 does. The crossed part is cut from its own share, for WaNet 25 of 128, where BackdoorBench has twice
+    the 12. The training is the run's, with the data set's own augmentation, where BackdoorBench's scripts
     of these attacks turn images by up to 10 degrees besides and lower the rate in steps.
     The record's training set shows one draw of what the model saw: `pratio` of the training images with
     the trigger, and apart from them the covers.
