@@ -13,7 +13,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, OnHead, Repair, register
 from ulrl.defenses.perturbation import still
 from ulrl.metrics import class_shares
-from ulrl.models.head import Head, watched
+from ulrl.models.head import Head, head_answers, watched
 from ulrl.options import option
 from ulrl.seeds import generator, global_stream
 from ulrl.training import Monitor, Objective, fit, head_inputs
@@ -104,7 +104,6 @@ class BTIDBF(OnHead, Defense):
 
     def _mask(self, model: nn.Module, head: Head, clean: ImageSet, n: int, monitor: Monitor) -> torch.Tensor:
         """How much the task needs each feature: float32 [D] in (0, 1)."""
-        weight, bias = head.weight.detach().flatten(1), None if head.bias is None else head.bias.detach()
         features = head_inputs(model, head, clean, self.amp)
         stream = generator(self.random_seed, f"mask {n}", clean.device)
         free = torch.randn(features.shape[1], generator=stream, device=clean.device).requires_grad_()
@@ -113,13 +112,9 @@ class BTIDBF(OnHead, Defense):
         with monitor.stage("mask", self.mask_epochs * steps) as progress:
             for _ in range(self.mask_epochs):
                 for drawn in torch.randperm(len(clean), generator=stream, device=clean.device).split(self.batch_size):
-                    mask = (2 * free).sigmoid()
-                    kept, rest = (
-                        F.cross_entropy(F.linear(part * features[drawn], weight, bias), clean.labels[drawn])
-                        for part in (mask, 1 - mask)
-                    )
+                    gap = task_gap(head, features[drawn], clean.labels[drawn], (2 * free).sigmoid())
                     optimizer.zero_grad()
-                    (kept - rest).backward()
+                    gap.backward()
                     optimizer.step()
                     progress.step()
         return (2 * free.detach()).sigmoid()
@@ -143,6 +138,15 @@ class BTIDBF(OnHead, Defense):
             return loss, logits.detach().argmax(1) == y
 
         return objective
+
+
+def task_gap(head: Head, features: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The task's loss on the masked features minus that on the rest of them: a scalar, with a gradient for `mask`.
+
+    features: float [B, D], what the head is given; labels: int64 [B]; mask: float [D] in [0, 1].
+    """
+    kept, rest = (F.cross_entropy(head_answers(head, part * features), labels) for part in (mask, 1 - mask))
+    return kept - rest
 
 
 @torch.no_grad()

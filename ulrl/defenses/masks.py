@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ulrl.errors import UserError
-from ulrl.training import channels_first, frozen
+from ulrl.training import channels_first, cross_entropy, frozen
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -105,6 +105,30 @@ def worst_noise(
             torch._foreach_add_(noises, torch._foreach_sign(gradients), alpha=bound / steps)
             torch._foreach_clamp_min_(noises, -bound)
             torch._foreach_clamp_max_(noises, bound)
+
+
+def noises_of(masks: list[Mask]) -> list[torch.Tensor]:
+    """The noises of those that are `Perturbed`."""
+    return [m.noise for m in masks if isinstance(m, Perturbed)]
+
+
+def losses_under_noise(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, noises: list[torch.Tensor], bound: float, steps: int,
+    stream: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(cross-entropy under the worst noise, that without noise, and which samples are right without it) of a batch.
+
+    The noise is found as by `worst_noise`, and 0 afterwards.
+    """
+    worst_noise(noises, lambda: cross_entropy(model, x, y)[0], bound, steps, stream)
+    attacked, _ = cross_entropy(model, x, y)
+    silence_noise(noises)
+    return attacked, *cross_entropy(model, x, y)
+
+
+@torch.no_grad()
+def silence_noise(noises: list[torch.Tensor]) -> None:
+    torch._foreach_zero_(noises)
 
 
 @torch.no_grad()
