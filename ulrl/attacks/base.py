@@ -117,7 +117,8 @@ class Attack:
         return self.poison(images, train=True)
 
     def source(self, data: ImageSet, positions: torch.Tensor, *, train: bool) -> ImageSet:
-        """The samples at `positions` as the trigger finds them."""
+        """The samples at `positions` as the trigger is laid over them: as they are, or what an attack puts in their
+        place (perturbed images, ready-made ones)."""
         return data.subset(positions)
 
     def poison_set(self, data: ImageSet, positions: torch.Tensor, *, train: bool) -> PoisonedSet:
