@@ -22,7 +22,7 @@ from ulrl.errors import UserError, one_line
 from ulrl.report.frame import NO_DEFENSE
 from ulrl.report.looks import BLUE, GREY, ORANGE, PALETTE, SHAPES, looks_of
 from ulrl.report.pooling import in_order, summarise
-from ulrl.report.results import printable
+from ulrl.report.results import brief
 
 MARKERS = tuple(SHAPES.values())
 PAPER_WIDTH, PAPER_FONT = 3.3, 7.0  # inches, the width of a column; points, what is still read in print
@@ -311,7 +311,7 @@ def _show(ax: Axes, image: np.ndarray) -> None:
 
 def _plain(text: str) -> str:
     """A name for Matplotlib, to which dollar signs are formulas and a leading underscore hides a label."""
-    return " " * text.startswith("_") + printable(text).replace("$", r"\$")
+    return " " * text.startswith("_") + brief(text).replace("$", r"\$")
 
 
 def _save(
