@@ -141,7 +141,7 @@ class _Even(nn.Module):
 
 def test_where_no_share_of_the_corruptions_learns_none_is_drawn(clean: ImageSet) -> None:
     change, x = corruptions(clean), normalise(clean.images, clean.spec)
-    changed = change(x, learning_share=0)
+    changed = change.random(x)
     assert (changed != x).flatten(1).any(1).float().mean() > 0.8  # a dark patch on a dark corner changes nothing
     assert change.learning._lessons == [None] * 8
     change(x)

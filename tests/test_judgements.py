@@ -13,7 +13,9 @@ from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.base import Trigger
 from ulrl.metrics import Judgement
 from ulrl.runs import triggers
+from ulrl.runs.common import EpochJudge
 from ulrl.runs.judgements import kept
+from ulrl.training import Monitor
 
 SPEC = dataset_spec("digits")
 FIGURES = Judgement(0.75, 0.5, 0.25, 4, 2)
@@ -112,3 +114,27 @@ def test_a_found_trigger_is_compared_in_parts(tmp_path: Path, monkeypatch: pytes
     cosine = (true * change).sum() / true.norm() / change.norm()
     assert judged == {"class": 0, "cosine": pytest.approx(cosine.item(), rel=1e-4), "iou": 0.5, "turned": 0.5}
     assert seen == [5, 5, 5, 5, 5, 3]
+
+
+def test_a_stage_that_comes_again_keeps_the_figures_of_each_time(case: Case) -> None:
+    class Says(nn.Module):
+        """A class of its own, for every image."""
+
+        def __init__(self, k: int) -> None:
+            super().__init__()
+            self.register_buffer("answer", torch.eye(4)[k])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.answer.expand(len(x), -1)
+
+    clean = case.clean.subset(torch.tensor([0, 0, 0, 1]))
+    course = EpochJudge(clean, None, amp=False, only="unlearn")
+    monitor = Monitor(course, eval_every=2)
+    for k in (0, 1):  # rounds, as those of BTI-DBF
+        for stage in ("invert", "unlearn"):
+            with monitor.stage(stage, 3) as progress:
+                for epoch in (1, 2, 3):
+                    progress.epoch(Says(k), epoch)
+    table = course.with_history(monitor.history)
+    assert table[table.stage == "unlearn"].test_acc.fillna(-1).tolist() == [-1, 0.75, -1, -1, 0.25, -1]
+    assert table[table.stage == "invert"].test_acc.isna().all()

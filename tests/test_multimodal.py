@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ulrl import training
 from ulrl.attacks.base import ATTACKS
 from ulrl.cli import main
 from ulrl.data.datasets import SPECS
@@ -36,7 +37,7 @@ from ulrl.multimodal.captions import (
 from ulrl.multimodal.dual_encoder import DualEncoder, classifier, load_encoder
 from ulrl.multimodal.pairs import Pairs
 from ulrl.multimodal.poisoning import poison_pairs
-from ulrl.multimodal.repairs import redraw_towards, tied
+from ulrl.multimodal.repairs import Repairing, redraw_towards, tied, ubt
 from ulrl.multimodal.running import write_encoder
 
 SPEC = SPECS["fashion_scenes"]
@@ -135,10 +136,25 @@ def test_an_image_is_tied_to_one_word_of_its_caption() -> None:
     table = nn.functional.normalize(torch.randn(len(encoder.text.words.weight), 16), dim=1)
     encoder.read = lambda tokens: nn.functional.normalize((table[tokens] * (tokens != PAD).unsqueeze(2)).sum(1), dim=1)  # type: ignore[method-assign]
     wanted = tokenise(["gravel", "photo", "gray"])[:, 0]
-    encoder.embed_all = lambda data, amp=True: table[wanted]  # type: ignore[method-assign]
-    more, words = tied(encoder, pairs)
+    encoder.embed_all = lambda data, amp: table[wanted]  # type: ignore[method-assign]
+    more, words = tied(encoder, pairs, amp=False)
     assert read(words) == ["gravel", "photo", "gray"]
     assert (more > 0).all(), "more like that word than like the caption"
+
+
+def test_repairs_are_as_exact_as_they_are_asked_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def autocast(device: torch.device, amp: bool) -> torch.autocast:
+        asked.append(amp)
+        return torch.autocast(device.type, enabled=False)
+
+    monkeypatch.setattr(training, "autocast", autocast)
+    pairs = Pairs.of(pictures(8), facts(8).captions(0))
+    how = Repairing(repair_batch=4, suspicious=2, unlearn_steps=1, amp=False)
+    ubt(DualEncoder(4, 4, seed=0), pairs, how, 0, training.Monitor())
+    assert asked
+    assert not any(asked)
 
 
 def test_poisoned_pairs_carry_the_trigger_and_a_caption_of_the_target_class() -> None:

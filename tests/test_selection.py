@@ -16,7 +16,7 @@ from ulrl.defenses.mask_pruning import MaskPruning
 from ulrl.defenses.masks import clamp, masked, norm_layers, silence
 from ulrl.defenses.selection import split, sweep, within
 from ulrl.defenses.tsbd import TSBD, _floor
-from ulrl.defenses.unlearning import Unlearning, most_predicted
+from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.models import build_model
 from ulrl.training import Monitor, predict
@@ -143,14 +143,6 @@ def test_floor_is_the_least_of_the_largest_share() -> None:
     assert _floor(changes, 0.7) == 4
     assert _floor(changes, 1.0) == 1
     assert _floor(changes, 0.0) == float("inf")
-
-
-def test_most_predicted(digits: ImageSet) -> None:
-    net, _ = _order(digits)
-    nn.init.zeros_(net[1].bias)
-    with torch.no_grad():
-        net[1].bias[3] = 1.0
-    assert most_predicted(net, digits, amp=False) == (3, 1.0)
 
 
 def test_unlearning_ends_where_nothing_is_left_to_forget(digits: ImageSet) -> None:

@@ -175,6 +175,7 @@ def assert_same(read: type, real: type) -> None:
 def test_names_are_read_as_they_are() -> None:
     for kind, registry in REGISTRIES.items():
         assert list(methods(f"ulrl.{kind}")) == list(registry)
+        assert "no such method" not in registry, "and to ask is no mistake"
     assert declared("ulrl.data.datasets", "DATASETS") == DATASETS
     assert keys("ulrl.models.architectures", "ARCHITECTURES") == list(ARCHITECTURES)
     assert declared("ulrl.report.frame", "KEYS") == KEYS

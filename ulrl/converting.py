@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ulrl.errors import UserError, one_line
-from ulrl.files import save_torch, whole_folder
+from ulrl.files import check_folder_name, save_torch, whole_folder
 from ulrl.options import option
 from ulrl.record import INFO_FILE, KEYS, Record, load_record
 from ulrl.record_folder import PICKLE, PLAIN, result_file
@@ -50,8 +50,7 @@ def convert(record: Record, options: ConvertOptions) -> Path:
         raise UserError(f"{record.folder} is of that spelling already; name another --to")
     inside = record.folder.resolve()
     name = options.out or f"{record.name}_{options.to}"
-    if Path(name).name != name or name.startswith("."):
-        raise UserError(f"--out {name}: a plain name, of a folder beside {record.name}")
+    check_folder_name(name, "--out")
     new = record.folder.parent / name
     with whole_folder(new, overwrite=options.overwrite) as partial:
         raw = {**load_raw(old, inside), "attack": record.attack, "clean_test": record.clean_test}

@@ -67,6 +67,16 @@ def find_input(path: str | os.PathLike[str], *, shipped: bool = True) -> Path:
     return next((place for place in places if os.path.exists(place)), places[min(1, len(places) - 1)])
 
 
+def check_folder_name(name: str, flag: str) -> None:
+    """Whether a new folder may have that name, which `flag` gave.
+
+    Raises:
+        UserError: it leads elsewhere, or would be hidden.
+    """
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"{flag} {name!r} is not a plain folder name")
+
+
 def check_output(path: Path, flag: str = "", suffixes: Sequence[str] = ()) -> None:
     """Whether a file can be written there, and its name ends in one of `suffixes`, where there are any.
 
@@ -152,7 +162,7 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
 
 
 def clear_away(folder: Path, keep: str = "") -> None:
-    """Take away what a run of that name that was killed has half written, but for `keep`; not from another run."""
+    """Remove what a killed run of that name has half written, but for `keep`; nothing where another run is at it."""
     if _partial(folder).exists():
         with contextlib.suppress(UserError, InterruptedError), whole_folder(folder, overwrite=True, keep=keep):
             raise InterruptedError

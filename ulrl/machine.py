@@ -75,9 +75,9 @@ def has_bf16(device: torch.device) -> bool:
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
     """bf16 autocast where `amp` is asked for and the device has it; fp32 elsewhere.
 
-    bf16 has fp32's range, so there is no loss scaling and no step is skipped for an overflow. Weights are cast anew at
-    each use: in torch before pull request 165068 what an attack within a step had cast without a gradient was taken
-    again where one is wanted, and got none.
+    bf16 has fp32's range, so there is no loss scaling and no step is skipped for an overflow. Cast weights are not
+    cached: before torch's pull request 165068 a weight that an attack within a step had cast without a gradient came
+    from the cache where a gradient is wanted, and got none.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bf16(device), cache_enabled=False)
 

@@ -61,6 +61,11 @@ def share(hits: torch.Tensor) -> float | None:
     return hits.cpu().double().mean().item() if hits.numel() else None  # MPS has no float64
 
 
+def class_shares(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Which share of the answers each class is: int64 [N], N at least 1, to float64 [num_classes] on the CPU."""
+    return classes.bincount(minlength=num_classes).cpu().double() / len(classes)  # MPS has no float64
+
+
 def agreement(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> float:
     """How far predictions agree with labels beyond chance: Cohen's kappa (Cohen, 1960), at most 1.
 
@@ -68,8 +73,7 @@ def agreement(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -
     whatever the number and the sizes of the classes.
     """
     predicted, labels = predicted.cpu(), labels.cpu()
-    shares = [classes.bincount(minlength=num_classes).double() / len(labels) for classes in (predicted, labels)]
-    chance = (shares[0] * shares[1]).sum().item()
+    chance = (class_shares(predicted, num_classes) * class_shares(labels, num_classes)).sum().item()
     right = share(predicted == labels) or 0.0
     return (right - chance) / (1 - chance) if chance < 1 else 0.0
 

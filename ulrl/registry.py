@@ -43,6 +43,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             imported(files[name][0])
         return self._classes[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes or name in methods(self._package)
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*methods(self._package), *self._classes}))
 

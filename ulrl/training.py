@@ -132,11 +132,14 @@ class TrainOptions:
         return make_scheduler(optimizer, self.lr_scheduler, self.epochs, self.steplr_milestones, self.steplr_gamma)
 
 
-def make_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wd: float = 0.0) -> torch.optim.Optimizer:
-    """One of OPTIMIZERS for all parameters of `model`; `momentum` is sgd's, and adamw's decay is decoupled."""
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, momentum: float, wd: float = 0.0, *, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS for all parameters of `model`; `momentum`, Nesterov's or not, is sgd's, and adamw's decay is
+    decoupled."""
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=wd)
-    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=wd)
+    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=wd, nesterov=nesterov and momentum > 0)
 
 
 def make_scheduler(
@@ -217,10 +220,6 @@ def fit(
 ) -> bool:
     """Train `model` in place, for `epochs` passes over `batches`.
 
-    The first seven say what is trained, on what and for how long: every stage has them, each made otherwise.
-    The others are where methods differ within a step. No method has more than three of these besides `amp`, so a
-    bundle of them would be made and opened again for one or two.
-
     scheduler: None: a constant rate. objective: given (model, x, y) under autocast, the scalar to minimise and which
     samples were right (bool, one per sample). ascend: maximise it instead. clip: bound on the global gradient norm.
     after_step: called when the weights have moved. stop: given the epoch's training accuracy (on the augmented images,
@@ -277,10 +276,10 @@ def fit(
 
 @contextlib.contextmanager
 def channels_first(model: nn.Module) -> Iterator[None]:
-    """GroupNorm is given its images channels first inside the block, on a CPU.
+    """Inside the block GroupNorm is given its images channels first in memory, on a CPU.
 
-    Where they lie channels last and their gradient is not asked for, as of a first layer or behind frozen ones, its
-    backward pass there kills the process (torch 2.13).
+    There its backward pass kills the process (torch 2.13) where they are channels last and need no gradient, as those
+    of a first layer, or of one behind frozen layers.
     """
 
     def turn(value: Any) -> Any:
@@ -300,10 +299,10 @@ def channels_first(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def measure_statistics(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """BatchNorm's running statistics anew, in place: of plain `batches`, each of which weighs the same.
+    """Measure BatchNorm's running statistics anew, in place: the mean over `batches`, each of which weighs the same.
 
-    As `torch.optim.swa_utils.update_bn`, but of the layers alone that measure in the model's train mode and are reached
-    there: a net that keeps its statistics, or an auxiliary branch, would be left without any.
+    As `torch.optim.swa_utils.update_bn`, but a layer that measures none keeps those it had: one that stays in eval mode
+    while the model trains, or one in a branch that no batch takes.
     """
     with in_mode(model, training=True):
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
@@ -322,7 +321,8 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[torch.Tensor, t
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """In train or eval mode inside the block; then each module in its own again, a frozen BatchNorm in eval mode."""
+    """Inside the block the model is in train or eval mode; afterwards each module is in the mode that it was in, as a
+    BatchNorm that the user keeps in eval mode."""
     modes = [(m, m.training) for m in model.modules()]
     model.train(training)
     try:
@@ -333,14 +333,27 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block no gradient is computed for these weights; afterwards for those for which it was before."""
+    trainable = [p for p in parameters if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
 def _still_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics stay as they are inside the block: they are not those of worst weights."""
+    """Inside the block BatchNorm's running statistics do not move: what passes there is of SAM's worst weights."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta, counts = [m.momentum for m in norms], [m.num_batches_tracked for m in norms]
     for m in norms:
         m.momentum = 0.0
         if m.num_batches_tracked is not None:
-            m.num_batches_tracked = m.num_batches_tracked.clone()  # which the averages of all batches go by
+            m.num_batches_tracked = m.num_batches_tracked.clone()  # counts in place of the real one
     try:
         yield
     finally:

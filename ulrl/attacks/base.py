@@ -76,11 +76,18 @@ class Attack:
         return some(candidates, count, generator(self.random_seed, "poison"))
 
     def covers(self, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Positions (int64 [n], ascending) of samples that are changed but keep their label; none as a rule.
-
-        They are never of the target class, where a kept label would say nothing.
-        """
+        """Positions (int64 [n], ascending) of samples that are changed but keep their label; none as a rule."""
         return chosen.new_empty(0)
+
+    def may_cover(self, labels: torch.Tensor) -> torch.Tensor:
+        """bool [N]: whose label tells a cover from a poisoned sample; in all2one those not of the target class."""
+        return labels != self.attack_target if self.attack_label_trans == "all2one" else torch.ones_like(labels).bool()
+
+    def cover_candidates(self, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Positions (int64 [n], ascending) of the samples that may become covers: none of those `chosen` to poison."""
+        free = self.may_cover(labels)
+        free[chosen] = False
+        return free.nonzero().flatten()
 
     def judged(self, labels: torch.Tensor) -> torch.Tensor:
         """Positions of the test samples that get the trigger: in all2one those not of the target class."""
@@ -110,7 +117,8 @@ class Attack:
         return self.poison(images, train=True)
 
     def source(self, data: ImageSet, positions: torch.Tensor, *, train: bool) -> ImageSet:
-        """The samples at `positions` as the trigger finds them."""
+        """The samples at `positions` as the trigger is laid over them: as they are, or what an attack puts in their
+        place (perturbed images, ready-made ones)."""
         return data.subset(positions)
 
     def poison_set(self, data: ImageSet, positions: torch.Tensor, *, train: bool) -> PoisonedSet:
@@ -171,14 +179,8 @@ class Covered(Attack):
         source="backdoor-toolbox", low=0, high=1,
     )  # fmt: skip
 
-    def cover_candidates(self, labels: torch.Tensor) -> torch.Tensor:
-        """bool [N]: samples that may become covers; in all2one none of the target, whose label tells nothing."""
-        return labels != self.attack_target if self.attack_label_trans == "all2one" else torch.ones_like(labels).bool()
-
     def covers(self, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        free = self.cover_candidates(labels)
-        free[chosen] = False
-        candidates = free.nonzero().flatten()
+        candidates = self.cover_candidates(labels, chosen)
         count = round(self.cover_rate * len(labels))
         if count > len(candidates):
             raise UserError(

@@ -21,7 +21,8 @@ class BatchPoisoning(Attack):
     place and keeps its label (cross or negative samples), so that only the exact trigger works.
 
     As in BackdoorBench, the part of a batch is cut down to whole images: a `pratio` of 0.1 means 12 of 128, and 0.015
-    means 1 as 0.01 does. The training is the run's, with the data set's own augmentation, where BackdoorBench's scripts
+    means 1 as 0.01 does. The crossed part is cut from its own share, for WaNet 25 of 128, where BackdoorBench has twice
+    the 12. The training is the run's, with the data set's own augmentation, where BackdoorBench's scripts
     of these attacks turn images by up to 10 degrees besides and lower the rate in steps.
     The record's training set shows one draw of what the model saw: `pratio` of the training images with
     the trigger, and apart from them the covers.
@@ -70,7 +71,7 @@ def poison_share(attack: Attack, lab: Lab) -> float:
 
 
 def parts(batch: int, bad: float, crossed: float, stream: torch.Generator) -> tuple[int, int]:
-    """How many of a batch to poison and to cross, cut to whole ones; less than one is one now and then, at random."""
+    """How many images of a batch to poison and to cross: cut to whole ones; less than one is one with that chance."""
 
     def count(share: float) -> int:
         wanted = share * batch
@@ -83,14 +84,7 @@ def parts(batch: int, bad: float, crossed: float, stream: torch.Generator) -> tu
 
 
 def cross_positions(attack: Attack, labels: torch.Tensor, chosen: torch.Tensor, share: float) -> torch.Tensor:
-    """Positions of the cross samples that the record shows: `share` of all, as far as there are, ascending.
-
-    None of the target class in all2one, where a kept label would not tell them from poisoned ones.
-    """
-    free = torch.ones(len(labels), dtype=torch.bool)
-    free[chosen] = False
-    if attack.attack_label_trans == "all2one":
-        free &= labels != attack.attack_target
-    candidates = free.nonzero().flatten()
+    """Positions of the cross samples that the record shows: `share` of all, as far as there are, ascending."""
+    candidates = attack.cover_candidates(labels, chosen)
     count = min(round(share * len(labels)), len(candidates))
     return some(candidates, count, generator(attack.random_seed, "cover"))

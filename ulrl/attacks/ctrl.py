@@ -24,7 +24,8 @@ class CTRL(CleanLabel, Additive):
     """Clean-label: `magnitude` is added to the cosine coefficients (p, p) of U and V over the whole image.
 
     Of the brightness of a gray image, which has no U and V. Clipped at black and white, where
-    BackdoorBench's pixels wrap around.
+    BackdoorBench's pixels wrap around. On images that are not 32x32 the positions grow and shrink with the image, where
+    BackdoorBench's stay, which on 64x64 are waves twice as long.
     """
 
     ignored: ClassVar[tuple[str, ...]] = tuple(

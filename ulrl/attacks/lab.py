@@ -45,16 +45,26 @@ class Lab:
     cache: Path
     key: Callable[[], str]
 
-    def fit(self, model: nn.Module, stage: str = "train", *, batches: Batches | None = None, **how: Any) -> None:
+    def fit(
+        self,
+        model: nn.Module,
+        stage: str = "train",
+        *,
+        batches: Batches | None = None,
+        epochs: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        **how: Any,
+    ) -> None:
         """Train `model` by the run's options: on `data` for their epochs, unless told otherwise.
 
         how: further arguments of `training.fit`.
         """
-        options = replace(self.training, epochs=how.pop("epochs", self.training.epochs))  # where its schedule ends, too
-        optimizer = how.pop("optimizer", None) or options.optimizer(model)
+        options = replace(self.training, epochs=epochs or self.training.epochs)  # where its schedule ends, too
+        optimizer = optimizer or options.optimizer(model)
         fit(
             model, batches or self.batches(stage), options.epochs, optimizer,
-            how.pop("scheduler", None) or options.scheduler(optimizer), self.monitor, stage,
+            scheduler or options.scheduler(optimizer), self.monitor, stage,
             amp=options.amp, sam=Sam(options.sam_rho) if options.sam_rho else None, **how,
         )  # fmt: skip
 

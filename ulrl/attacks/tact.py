@@ -43,7 +43,7 @@ class TaCT(Covered, BadNet):
         own = (labels == self.source_class).nonzero().flatten()
         return self._draw(own, len(labels), f"of the source class {self.source_class}")
 
-    def cover_candidates(self, labels: torch.Tensor) -> torch.Tensor:
+    def may_cover(self, labels: torch.Tensor) -> torch.Tensor:
         return torch.isin(labels, torch.tensor(self.cover_classes, dtype=labels.dtype))
 
     def judged(self, labels: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ulrl.data.batches import normalise
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
 from ulrl.machine import autocast
-from ulrl.models.head import find_head
+from ulrl.models.head import find_head, watched
 from ulrl.options import option
 
 log = logging.getLogger(__name__)
@@ -80,23 +80,20 @@ class TrojanNN(Additive):
         if self.num_neuron > head.weight.shape[1]:
             raise UserError(f"--num_neuron {self.num_neuron}: the head of the model has {head.weight.shape[1]} inputs")
         neurons = head.weight.abs().sum(0).topk(self.num_neuron).indices
-        seen: list[torch.Tensor] = []
-        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         start = self._picture(spec)[None].to(device, torch.float32)
         patch, bound = start.clone(), 255 * self.trojan_eps
-        with lab.monitor.stage("patch", self.mask_update_iters) as progress:
+        with lab.monitor.stage("patch", self.mask_update_iters) as progress, watched([head]) as features:
             for _ in range(self.mask_update_iters):
                 patch.requires_grad_(True)
                 with autocast(device, lab.training.amp):
                     model(normalise(patch, spec))
-                loss = (seen.pop()[0, neurons].float() - self.neuron_target_values).square().sum()
+                loss = (features[0][0, neurons] - self.neuron_target_values).square().sum()
                 (gradient,) = torch.autograd.grad(loss, patch)
                 moved = patch.detach() - 255 * self.trojan_alpha * gradient.sign() * (start > 0)
                 patch = (start + (moved - start).clamp(-bound, bound)).clamp(0, 255)
                 progress.step()
                 if loss.item() < REACHED:
                     break
-        hook.remove()
         return patch[0]
 
     def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ def method(kind: str, name: str) -> type:
     Raises:
         UserError: there is none of that name.
     """
-    known = methods(f"ulrl.{kind.split()[-1]}s")
+    known = methods(f"ulrl.{kind.split()[-1]}s")  # a "sample detector" lies in ulrl.detectors
     if name not in known:
         raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
     cls: type = declared(*known[name])

@@ -36,7 +36,7 @@ def cached_array(
     written, that is said, and it is made in memory.
 
     Args:
-        name: of what it is made of, a plain file name. stamp: hexadecimal; changes with the content of that.
+        name: says what the array is made of; a plain file name. stamp: hexadecimal; another when that has changed.
         what: in words what `make` is doing, as in "converting 500 images of photos".
 
     Raises:

@@ -17,8 +17,8 @@ from ulrl.defenses.base import Defense, Repair, register
 from ulrl.errors import UserError
 from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
-from ulrl.seeds import generator, global_stream
-from ulrl.training import Monitor, cross_entropy, fit, make_scheduler
+from ulrl.seeds import global_stream
+from ulrl.training import Monitor, cross_entropy, fit, make_optimizer, make_scheduler
 
 
 @register("abl")
@@ -83,11 +83,8 @@ class ABL(Defense):
             "finetune": (self.lr_finetuning_init, self.finetuning_epochs),
             "unlearn": (self.lr_unlearning_init, self.unlearning_epochs),
         }[stage]
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
-        )
-        stream = generator(self.random_seed, stage, data.device)
-        batches = Batches(data, self.batch_size, stream, augmented=stage != "tune")
+        optimizer = make_optimizer(model, "sgd", lr, self.momentum, self.weight_decay, nesterov=True)
+        batches = self.batches(data, stage, augmented=stage != "tune")
         milestones = (round(epochs * 2 / 3),) if stage == "finetune" else ()
         fit(
             model, batches, epochs, optimizer,

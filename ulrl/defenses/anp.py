@@ -15,15 +15,16 @@ from ulrl.defenses.masks import (
     SCALE_AND_SHIFT,
     Perturbed,
     clamp,
+    losses_under_noise,
     masked,
+    noises_of,
     norm_layers,
     require_shifts,
-    worst_noise,
 )
 from ulrl.models.copying import copied
 from ulrl.options import option
 from ulrl.seeds import generator
-from ulrl.training import Monitor, cross_entropy, fit
+from ulrl.training import Monitor, fit
 
 
 @register("anp")
@@ -68,15 +69,10 @@ class ANP(MaskPruning):
         epochs = max(1, round(self.nb_iter / len(batches)))
         stream = generator(self.random_seed, "noise", clean.device)
         with masked(model, Perturbed, SCALE_AND_SHIFT) as both:
-            noises: list[torch.Tensor] = [m.noise for m in both if isinstance(m, Perturbed)]
-            on_scales = both[::2]
+            noises, on_scales = noises_of(both), both[::2]
 
             def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                worst_noise(noises, lambda: cross_entropy(model, x, y)[0], self.anp_eps, self.anp_steps, stream)
-                attacked, _ = cross_entropy(model, x, y)
-                with torch.no_grad():
-                    torch._foreach_zero_(noises)
-                loss, right = cross_entropy(model, x, y)
+                attacked, loss, right = losses_under_noise(model, x, y, noises, self.anp_eps, self.anp_steps, stream)
                 return self.anp_alpha * loss + (1 - self.anp_alpha) * attacked, right
 
             optimizer = torch.optim.SGD([m.mask for m in on_scales], self.lr, self.sgd_momentum)

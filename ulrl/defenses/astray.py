@@ -45,7 +45,7 @@ class _Near(Draws):
 
 @dataclass(frozen=True)
 class Fixed:
-    """A corruption that does the same to every image, but that a patch may be cut from one of them.
+    """A corruption that does the same to every image; only what fills a patch may be cut from one of them.
 
     seed: of all that is drawn for it. steps: (seed, size) of those from there to its neighbours.
     """
@@ -58,7 +58,8 @@ class Fixed:
         return self.kind(images, _Near(self.seed, images.device, self.steps)).clamp(0, 1)
 
     def near(self, draws: Draws, size: float) -> Fixed:
-        """One like it: all that is drawn for it a step aside. size: of the step, 0: none, 1: as far as any."""
+        """One like it, for which each number that is drawn goes a step aside. size: of the step, from 0 (none) to 1
+        (drawn anew)."""
         return Fixed(self.kind, self.seed, (*self.steps, (draws.below(2**31), size)))
 
 
@@ -73,8 +74,8 @@ def leading(
     A third is drawn at random, every kind equally often but for pictures that are blended in, which each batch would
     draw from its own. The others are, in rounds of smaller and smaller steps, near those that lead furthest by then.
 
-    A backdoor answers to one warp, one wave or one colour field alone, which hardly any image of a few hundred epochs
-    would meet if each drew its own; something like it is found among some hundreds, and itself from there.
+    A backdoor answers to one warp, one wave or one colour field alone. If each image drew its own, hardly any would
+    meet that one in a few hundred epochs; but among some hundreds there is one like it, and steps from there reach it.
 
     Args:
         answers: probabilities [B, K] of corrupted images.

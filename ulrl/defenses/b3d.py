@@ -15,7 +15,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, Trigger, register
 from ulrl.defenses.inversion import Costed, Course
-from ulrl.defenses.perturbation import pixel, still
+from ulrl.defenses.perturbation import mean_pixel, pixel, squash, still
 from ulrl.errors import UserError
 from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
@@ -107,7 +107,7 @@ class B3D(Costed):
     small: float = option(0.25, "a mask below this share of the median is suspicious", source=_RECALLED, low=0, high=1)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        mean, scale = torch.tensor(clean.spec.mean, device=clean.device).view(1, -1, 1, 1), pixel(clean)
+        mean, scale = mean_pixel(clean), pixel(clean)
 
         def ask(images: torch.Tensor) -> torch.Tensor:
             with torch.no_grad(), autocast(clean.device, self.amp):
@@ -150,10 +150,10 @@ class B3D(Costed):
                 masks.grad, patterns.grad = torch.zeros_like(masks), torch.zeros_like(patterns)
                 for k in active.tolist():
                     x = images[torch.randint(len(images), (size,), generator=stream, device=device)]
-                    share = _squash(masks[k])
+                    share = squash(masks[k])
                     noise = torch.randn(self.draws, *patterns[k].shape, generator=stream, device=device)
                     drawn = torch.rand(self.draws, *share.shape, generator=stream, device=device) < share
-                    stamped = torch.where(drawn[:, None], _squash(patterns[k] + self.sigma * noise)[:, None], x)
+                    stamped = torch.where(drawn[:, None], squash(patterns[k] + self.sigma * noise)[:, None], x)
                     answers = asked(stamped.flatten(0, 1))
                     losses = -answers[:, targets[k]].view(self.draws, size).mean(1)
                     losses = (losses - losses.mean())[:, None, None, None] / self.draws
@@ -161,7 +161,7 @@ class B3D(Costed):
                     masks.grad[k] += course.cost[k] * 2 * share * (1 - share)
                     patterns.grad[k] = (losses * noise).sum(0) / self.sigma
                     success[k] = (answers.argmax(1) == targets[k]).float().mean()
-                better = course.step(success, _squash(masks).flatten(1).sum(1))
+                better = course.step(success, squash(masks).flatten(1).sum(1))
                 keep = (better | course.best.isinf())[:, None, None, None]
                 best = [torch.where(keep, new, old) for new, old in zip((masks, patterns), best, strict=True)]
                 optimizer.step()
@@ -169,7 +169,7 @@ class B3D(Costed):
                 if not course.active.any():
                     progress.reached()
                     break
-        return self._judged(classes, _squash(best[0]), _squash(best[1]), course.best.isfinite(), asked.count)
+        return self._judged(classes, squash(best[0]), squash(best[1]), course.best.isfinite(), asked.count)
 
     def _judged(
         self, classes: list[int], masks: torch.Tensor, patterns: torch.Tensor, reached: torch.Tensor, queries: int
@@ -181,8 +181,3 @@ class B3D(Costed):
         flagged = table[table.flagged].sort_values("ratio").index.tolist()
         triggers = {k: Trigger(m.cpu(), p.cpu()) for k, m, p in zip(classes, masks, patterns, strict=True)}
         return Scan(table, flagged, triggers, queries)
-
-
-def _squash(raw: torch.Tensor) -> torch.Tensor:
-    """Any number into (0, 1)."""
-    return (raw.tanh() + 1) / 2

@@ -5,15 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
+from ulrl.defenses.bti_dbf import task_gap
 from ulrl.defenses.finetuning import FineTuning
-from ulrl.defenses.masks import SCALE_AND_SHIFT, Perturbed, masked, require_shifts, worst_noise
+from ulrl.defenses.masks import (
+    SCALE_AND_SHIFT,
+    Perturbed,
+    losses_under_noise,
+    masked,
+    noises_of,
+    require_shifts,
+    silence_noise,
+    worst_noise,
+)
+from ulrl.metrics import class_shares
 from ulrl.models.copying import copied
-from ulrl.models.head import find_head
+from ulrl.models.head import head_answers
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import SCHEDULERS, Monitor, cross_entropy, head_inputs
@@ -23,7 +33,7 @@ _RELEASE = "BAN release"
 
 @register("ban")
 @dataclass(frozen=True)
-class BAN(FineTuning):
+class BAN(OnHead, FineTuning):
     """Detection, on a copy, then mitigation.
 
     Detection: a mask on what the head is given is trained so that the masked features keep the task and the rest of
@@ -64,11 +74,10 @@ class BAN(FineTuning):
     mask_weight: float = option(0.75, "weight of detection's mask's norm", source=_RELEASE, low=0)
     detection_steps: int = option(30, "steps of detection's noise", source=_RELEASE, low=1)
     share_threshold: float = option(0.5, "share of the clean samples above which a class is flagged", low=0, high=1)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
 
     def check(self, model: nn.Module, clean: ImageSet) -> None:
         require_shifts(model)
-        find_head(model, clean.spec.num_classes, self.linear_name)
+        super().check(model, clean)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         shares = self._shares(copied(model), clean, monitor)
@@ -81,8 +90,7 @@ class BAN(FineTuning):
         """Which share of the clean samples `model` under noise gives each class, from the features that the task does
         not need: float64 [K]. The model's statistics move.
         """
-        head = find_head(model, clean.spec.num_classes, self.linear_name)[1]
-        weight, bias = head.weight.detach().flatten(1), None if head.bias is None else head.bias.detach()
+        head = self.head(model, clean)[1]
         features = head_inputs(model, head, clean, self.amp)
         stream = generator(self.random_seed, "detect", clean.device)
         mask = torch.rand(features.shape[1], generator=stream, device=clean.device).requires_grad_()
@@ -90,13 +98,9 @@ class BAN(FineTuning):
         with monitor.stage("detect", self.mask_steps) as progress:
             for _ in range(self.mask_steps):
                 drawn = torch.randint(len(clean), (self.batch_size,), generator=stream, device=clean.device)
-                kept, rest = (
-                    F.cross_entropy(F.linear(part * features[drawn], weight, bias), clean.labels[drawn])
-                    for part in (mask, 1 - mask)
-                )
-                norm = mask.sum()
+                gap, norm = task_gap(head, features[drawn], clean.labels[drawn], mask), mask.sum()
                 optimizer.zero_grad()
-                (kept - rest + self.mask_weight * norm / norm.detach().clamp_min(1e-12)).backward()
+                (gap + self.mask_weight * norm / norm.detach().clamp_min(1e-12)).backward()
                 optimizer.step()
                 with torch.no_grad():
                     mask.clamp_(0, 1)
@@ -104,31 +108,24 @@ class BAN(FineTuning):
         model.train()
         x, y = next(iter(self.batches(clean, "detect", augmented=False)))
         with masked(model, Perturbed, SCALE_AND_SHIFT) as masks:
-            noises: list[torch.Tensor] = [m.noise for m in masks if isinstance(m, Perturbed)]
-            worst_noise(noises, lambda: cross_entropy(model, x, y)[0], self.noise_eps, self.detection_steps, stream)
+            worst_noise(
+                noises_of(masks), lambda: cross_entropy(model, x, y)[0], self.noise_eps, self.detection_steps, stream
+            )
             noisy = head_inputs(model, head, clean, self.amp)
-        classes = F.linear((1 - mask.detach()) * noisy, weight, bias).argmax(1)
-        return classes.bincount(minlength=clean.spec.num_classes).cpu().double() / len(clean)
+        classes = head_answers(head, (1 - mask.detach()) * noisy).argmax(1)
+        return class_shares(classes, clean.spec.num_classes)
 
     def _mitigate(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> None:
         stream = generator(self.random_seed, "noise", clean.device)
-        with masked(model, Perturbed, SCALE_AND_SHIFT, frozen=False) as masks:
-            noises: list[torch.Tensor] = [m.noise for m in masks if isinstance(m, Perturbed)]
+        with masked(model, Perturbed, SCALE_AND_SHIFT, weights_too=True) as masks:
+            noises = noises_of(masks)
             for m in masks:
                 m.mask.requires_grad_(False)
 
             def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                worst_noise(noises, lambda: cross_entropy(model, x, y)[0], self.noise_eps, self.noise_steps, stream)
-                attacked, _ = cross_entropy(model, x, y)
-                with torch.no_grad():
-                    torch._foreach_zero_(noises)
-                loss, right = cross_entropy(model, x, y)
+                steps = self.noise_steps
+                attacked, loss, right = losses_under_noise(model, x, y, noises, self.noise_eps, steps, stream)
                 return loss + self.noise_weight * attacked, right
 
-            self.finetune(model, clean, monitor, "tune", objective=objective, after_step=lambda: _silent(noises))
-
-
-@torch.no_grad()
-def _silent(noises: list[torch.Tensor]) -> None:
-    """No noise outlives a step, whatever the optimiser made of its gradient: between steps the model is judged."""
-    torch._foreach_zero_(noises)
+            # No noise outlives a step, whatever the optimiser makes of its gradient: between steps the model is judged.
+            self.finetune(model, clean, monitor, "tune", objective=objective, after_step=lambda: silence_noise(noises))

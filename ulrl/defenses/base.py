@@ -16,6 +16,7 @@ from torch import nn
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.errors import UserError
+from ulrl.models.head import Head, find_head
 from ulrl.options import option
 from ulrl.registry import Registry
 from ulrl.seeds import generator
@@ -103,6 +104,20 @@ class Defense:
     def batches(self, clean: ImageSet, stream: str, **how: Any) -> Batches:
         """Shuffled, augmented batches of the clean samples, from the named stream; how: arguments of `Batches`."""
         return Batches(clean, self.batch_size, generator(self.random_seed, stream, clean.device), **how)
+
+
+@dataclass(frozen=True)
+class OnHead:
+    """Beside `Defense`, for one that works on the classifier head: which layer that is."""
+
+    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
+
+    def head(self, model: nn.Module, clean: ImageSet) -> tuple[str, Head]:
+        """As `find_head`."""
+        return find_head(model, clean.spec.num_classes, self.linear_name)
+
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        self.head(model, clean)
 
 
 DEFENSES: Registry[Defense] = Registry("defense", "ulrl.defenses")

@@ -10,9 +10,10 @@ from torch import nn
 
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Defense, Repair, register
+from ulrl.defenses.base import Defense, OnHead, Repair, register
 from ulrl.defenses.perturbation import still
-from ulrl.models.head import Head, find_head, watched
+from ulrl.metrics import class_shares
+from ulrl.models.head import Head, head_answers, watched
 from ulrl.options import option
 from ulrl.seeds import generator, global_stream
 from ulrl.training import Monitor, Objective, fit, head_inputs
@@ -22,7 +23,7 @@ _RELEASE = "BTI-DBF release"
 
 @register("bti-dbf")
 @dataclass(frozen=True)
-class BTIDBF(Defense):
+class BTIDBF(OnHead, Defense):
     """BTI-DBF (U), trigger inversion by decoupling benign features ("Towards Reliable and Efficient Backdoor Trigger
     Inversion via Decoupling Benign Features"). In each of `n_rounds`:
 
@@ -55,13 +56,9 @@ class BTIDBF(Defense):
     epochs: int = option(30, "epochs of unlearning in a round", source=_RELEASE, low=1)
     lr: float = option(1e-4, "learning rate of unlearning", source=_RELEASE, low=0)
     share: float = option(0.1, "share of a batch that is changed, one image at least", source=_RELEASE, low=0, high=1)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        head = find_head(model, clean.spec.num_classes, self.linear_name)[1]
+        head = self.head(model, clean)[1]
         with global_stream(self.random_seed, "generator"):
             change = _Generator(clean.spec.channels, min(clean.images.shape[2:])).to(clean.device)
         of_change, of_model = torch.optim.Adam(change.parameters(), self.generator_lr), self.optimizer(model)
@@ -107,7 +104,6 @@ class BTIDBF(Defense):
 
     def _mask(self, model: nn.Module, head: Head, clean: ImageSet, n: int, monitor: Monitor) -> torch.Tensor:
         """How much the task needs each feature: float32 [D] in (0, 1)."""
-        weight, bias = head.weight.detach().flatten(1), None if head.bias is None else head.bias.detach()
         features = head_inputs(model, head, clean, self.amp)
         stream = generator(self.random_seed, f"mask {n}", clean.device)
         free = torch.randn(features.shape[1], generator=stream, device=clean.device).requires_grad_()
@@ -116,13 +112,9 @@ class BTIDBF(Defense):
         with monitor.stage("mask", self.mask_epochs * steps) as progress:
             for _ in range(self.mask_epochs):
                 for drawn in torch.randperm(len(clean), generator=stream, device=clean.device).split(self.batch_size):
-                    mask = (2 * free).sigmoid()
-                    kept, rest = (
-                        F.cross_entropy(F.linear(part * features[drawn], weight, bias), clean.labels[drawn])
-                        for part in (mask, 1 - mask)
-                    )
+                    gap = task_gap(head, features[drawn], clean.labels[drawn], (2 * free).sigmoid())
                     optimizer.zero_grad()
-                    (kept - rest).backward()
+                    gap.backward()
                     optimizer.step()
                     progress.step()
         return (2 * free.detach()).sigmoid()
@@ -148,11 +140,20 @@ class BTIDBF(Defense):
         return objective
 
 
+def task_gap(head: Head, features: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The task's loss on the masked features minus that on the rest of them: a scalar, with a gradient for `mask`.
+
+    features: float [B, D], what the head is given; labels: int64 [B]; mask: float [D] in [0, 1].
+    """
+    kept, rest = (F.cross_entropy(head_answers(head, part * features), labels) for part in (mask, 1 - mask))
+    return kept - rest
+
+
 @torch.no_grad()
 def _answers(model: nn.Module, change: nn.Module, clean: ImageSet, batch_size: int) -> torch.Tensor:
     """Which share of the changed images `model` gives each class: float64 [K] on the CPU."""
     classes = torch.cat([model(x + change(x)).argmax(1) for x, _ in Batches(clean, batch_size)])
-    return classes.bincount(minlength=clean.spec.num_classes).cpu().double() / len(clean)
+    return class_shares(classes, clean.spec.num_classes)
 
 
 class _Generator(nn.Module):

@@ -11,19 +11,19 @@ from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.abl import fresh_weights
-from ulrl.defenses.base import Defense, Repair, register
+from ulrl.defenses.base import Defense, OnHead, Repair, register
 from ulrl.defenses.perturbation import still
-from ulrl.models.head import find_head, watched
+from ulrl.models.head import watched
 from ulrl.options import option
 from ulrl.seeds import global_stream
-from ulrl.training import Monitor, fit, make_scheduler
+from ulrl.training import Monitor, fit, make_optimizer, make_scheduler
 
 _RELEASE = "CBD release"
 
 
 @register("cbd")
 @dataclass(frozen=True)
-class CBD(Defense):
+class CBD(OnHead, Defense):
     """Train a fresh model on a training set that may be poisoned, so that the backdoor is not learnt.
 
     1. Train one net for a few epochs: it learns what is learnt fastest, the backdoor (the confounder).
@@ -50,10 +50,6 @@ class CBD(Defense):
     weight_decay: float = option(1e-4, "weight decay", source=_RELEASE, low=0)
     independence: float = option(0.01, "weight of the independence of the features; 0: none", source=_RELEASE, low=0)
     critic_lr: float = option(0.2, "rate of the critic (Adam), to a tenth every 20 epochs", source=_RELEASE, low=0)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         """`clean` is the poisoned training set."""
@@ -63,7 +59,7 @@ class CBD(Defense):
             amp=self.amp,
         )  # fmt: skip
         model = fresh_weights(model, self.random_seed, "initialisation")
-        heads = [find_head(net, clean.spec.num_classes, self.linear_name)[1] for net in (biased, model)]
+        heads = [self.head(net, clean)[1] for net in (biased, model)]
         with (
             still(biased),
             watched(heads) as features,
@@ -96,9 +92,7 @@ class CBD(Defense):
         return Repair(model)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
-        )
+        return make_optimizer(model, "sgd", self.lr, self.momentum, self.weight_decay, nesterov=True)
 
 
 class _Critic(nn.Module):

@@ -33,7 +33,7 @@ class CLP(OutlierPruning):
     bound. Which feeds which is seen in a forward pass; the release and BackdoorBench take the convolution
     listed before a BatchNorm, which in pre-activation nets is another one.
 
-    Pruning zeroes the filter and the scale and shift after it, so that the channel is silent on every way.
+    Pruning zeroes the filter and the scale and shift after it, so that the channel is silent whichever way it is read.
     No clean sample is looked at: the forward pass is one of zeros.
     """
 
@@ -87,9 +87,8 @@ class _Origins(TorchFunctionMode):
     """Knows which layer a tensor came from, through functions of that tensor alone (activations)."""
 
     def __init__(self) -> None:
-        self._by_id: dict[
-            int, tuple[torch.Tensor, str | None]
-        ] = {}  # the tensor too, so that its identity stays its own
+        # The tensor too, so that no other is made with its identity.
+        self._by_id: dict[int, tuple[torch.Tensor, str | None]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

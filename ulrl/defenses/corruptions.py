@@ -33,7 +33,7 @@ class Draws:
         return torch.randn(shape, generator=self._numbers, device=self._numbers.device)
 
     def rows(self, images: torch.Tensor) -> int:
-        """For how many images something is drawn: for each of them."""
+        """How many draws a batch takes: one for each image."""
         return len(images)
 
     def order(self, n: int) -> torch.Tensor:

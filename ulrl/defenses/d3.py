@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.finetuning import FineTuning, hold_norm
-from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor
@@ -21,7 +20,7 @@ _RELEASE = "D3 release"
 
 @register("d3")
 @dataclass(frozen=True)
-class D3(FineTuning):
+class D3(OnHead, FineTuning):
     """Draw the weights W of the head anew, then fine-tune so that W ends far from what it was (Wei et al.).
 
     The paper maximises the distance |W - original W| with a clean loss of at most `eps` and W of its original norm. As
@@ -37,13 +36,9 @@ class D3(FineTuning):
     wd: float = option(0.0, "weight decay", source=_RELEASE, low=0)
     lmd: float = option(0.5, "weight of the loss above the bound", source=_RELEASE, low=0)
     eps: float = option(0.1, "a sample's loss that costs nothing", source=_RELEASE, low=0)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        name, head = self.head(model, clean)
         original = head.weight.detach().clone()
         hold = hold_norm(head.weight)
         with torch.no_grad():

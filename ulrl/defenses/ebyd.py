@@ -14,7 +14,7 @@ from ulrl.defenses.inversion import Inverting
 from ulrl.defenses.recover_trigger import Calibrated
 from ulrl.defenses.rnp import RNP
 from ulrl.options import option
-from ulrl.training import Monitor, predict
+from ulrl.training import Monitor
 
 
 @register("ebyd")
@@ -40,12 +40,10 @@ class EBYD(Exposing, Inverting, RNP):
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
         train, validation = self.set_aside(clean)
         exposed = self.unlearn(model, train, monitor)
-        counts = predict(exposed.model, train, self.amp).bincount(minlength=clean.spec.num_classes)
-        shares = counts.double() / len(train)
         found = self.invert(Calibrated(exposed.model, train, self.amp), train, monitor, [exposed.label])
         values = self._recover(exposed.model, train, monitor)
         evidence = {
-            **exposed.evidence, "shares": shares.tolist(), "spread": shares.std(correction=0).item(),
+            **exposed.evidence, "shares": exposed.shares.tolist(), "spread": exposed.shares.std(correction=0).item(),
             "mask_norm": found.masks.sum().item(), "reached": bool(found.reached.all()),
         }  # fmt: skip
         repair = self.prune(model, values, validation, monitor, evidence)

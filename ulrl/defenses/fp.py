@@ -12,18 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.selection import within
 from ulrl.models.copying import copied
-from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, head_inputs, predict
 
 
 @register("fp")
 @dataclass(frozen=True)
-class FinePruning(FineTuning):
+class FinePruning(OnHead, FineTuning):
     """Zero the head's inputs that clean samples activate least, as many as accuracy allows; then fine-tune.
 
     The head's inputs are the last convolution's channels, pooled. They are ranked by the mean size of
@@ -36,13 +35,9 @@ class FinePruning(FineTuning):
         0.1, "accuracy on the clean samples that may be lost", source="BackdoorBench", low=0, high=1
     )
     once_prune_ratio: float = option(0.01, "share of the inputs per step", source="BackdoorBench", low=1e-6, high=1)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        head_name, head = self.head(model, clean)
         width, weight = head.weight.shape[1], head.weight.detach().clone()
         counts = range(0, width, math.ceil(self.once_prune_ratio * width))
         with monitor.stage("select", len(counts)) as progress, torch.no_grad():

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.finetuning import FineTuning, hold_norm
-from ulrl.models.head import Head, find_head
+from ulrl.models.head import Head
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import Monitor, cross_entropy
@@ -21,7 +21,7 @@ _RELEASE = "FST release"
 
 @register("fst")
 @dataclass(frozen=True)
-class FST(FineTuning):
+class FST(OnHead, FineTuning):
     """Draw the whole head W anew, then fine-tune every weight on cross-entropy + `alpha` <W, original W>,
     and scale W back to its original norm after every step (algorithm 1).
 
@@ -32,13 +32,9 @@ class FST(FineTuning):
     epochs: int = option(10, "fine-tuning epochs", source=_RELEASE, low=1)
     wd: float = option(0.0, "weight decay", source=_RELEASE, low=0)
     alpha: float = option(0.1, "weight of the product with the original head", source=_RELEASE, low=0)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        name, head = self.head(model, clean)
         original = head.weight.detach().clone()
         hold = hold_norm(head.weight)
         self._redraw(head)

@@ -12,13 +12,12 @@ from torch import nn
 from ulrl.data.batches import Batches, normalise, pixels
 from ulrl.data.imageset import DatasetSpec, ImageSet
 from ulrl.defenses.astray import Fixed, Learning, leading
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
 from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
 from ulrl.machine import autocast
 from ulrl.models.copying import copied
-from ulrl.models.head import find_head
 from ulrl.options import option
 from ulrl.training import Monitor, Objective, measure_statistics
 
@@ -30,7 +29,7 @@ _SHOWN = 512  # clean images, at most, on which corruptions that lead astray are
 
 @register("harden")
 @dataclass(frozen=True)
-class Harden(FineTuning):
+class Harden(OnHead, FineTuning):
     """Two stages on the clean images alone, between which the target is looked for. A backdoor is a corruption that
     the model obeys; the corruptions here are random ones and ones that lead it astray (see `corruptions`, `astray`).
 
@@ -73,13 +72,9 @@ class Harden(FineTuning):
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
     hold_weight: float = option(1.0, "weight of corrupted images in restoring; twice, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
-
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
 
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        name, head = self.head(model, clean)
         original = copied(model).requires_grad_(False)
         original.eval()
         diagnosis = ULRL(
@@ -140,7 +135,7 @@ class Harden(FineTuning):
         for _ in range(_LOOKS):
             for x, y in Batches(clean, self.batch_size):
                 with autocast(clean.device, self.amp):
-                    x = corruptions(x, learning_share=0)
+                    x = corruptions.random(x)
                     more = original(x).float().softmax(1) - hardened(x).float().softmax(1)
                 others = F.one_hot(y, len(sums)) == 0
                 sums += (more * others).sum(0)
@@ -178,7 +173,8 @@ class _Corruptions:
     def __init__(self, spec: DatasetSpec, draws: Draws, learning_share: float) -> None:
         self.draws, self.learning = draws, Learning(draws)
         self._spec, self._share = spec, learning_share
-        self._found, self._leads = list[Fixed](), torch.empty(0)
+        self._found: list[Fixed] = []
+        self._leads = torch.empty(0)
 
     def seek(self, model: nn.Module, clean: ImageSet, tries: int, amp: bool) -> None:
         """Take half of the random corruptions near those of `tries` that lead `model` astray; who leads far, more."""
@@ -196,16 +192,20 @@ class _Corruptions:
         """Normalised images as the corruptions take them."""
         return (pixels(x, self._spec) / 255).clamp(0, 1)
 
-    def __call__(self, x: torch.Tensor, learning_share: float | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             images = self._shown(x)
-            share = self._share if learning_share is None else learning_share
-            first = len(x) - round(share * len(x))
-            found = first // 2 if self._found and learning_share is None else 0
+            first = len(x) - round(self._share * len(x))
+            found = first // 2 if self._found else 0
             parts = images[:found].split(2) if found else ()
             changed = [self._sought()(part) for part in parts]
             changed += [corrupt(images[found:first], self.draws), self.learning.apply(images[first:])]
             return normalise(torch.cat(changed) * 255, self._spec)
+
+    def random(self, x: torch.Tensor) -> torch.Tensor:
+        """As a call, but all of the batch corrupted at random: by nothing that was sought or that learns."""
+        with torch.autocast(x.device.type, enabled=False):
+            return normalise(corrupt(self._shown(x), self.draws) * 255, self._spec)
 
     def _sought(self) -> Fixed:
         found = self._found[self.draws.among(self._leads)]

@@ -12,7 +12,7 @@ from torch import nn
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Trigger
-from ulrl.defenses.perturbation import pixel, still
+from ulrl.defenses.perturbation import mean_pixel, pixel, squash, still
 from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
 from ulrl.seeds import generator
@@ -36,8 +36,7 @@ class Inverted:
 
     def triggers(self, data: ImageSet) -> dict[int, Trigger]:
         """By class, in pixels of `data`."""
-        mean = torch.tensor(data.spec.mean, device=data.device).view(1, -1, 1, 1)
-        pixels = self.patterns / pixel(data) + mean
+        pixels = self.patterns / pixel(data) + mean_pixel(data)
         return {k: Trigger(m.cpu(), p.cpu()) for k, m, p in zip(self.classes, self.masks, pixels, strict=True)}
 
 
@@ -68,16 +67,15 @@ class Inverting(Costed):
         The cost rises by `cost_multiplier` while the patch succeeds and falls by its power 1.5 while it does not. The
         classes are independent, so they are optimised side by side. `model` is left as it was.
         """
-        spec, device, scale = clean.spec, clean.device, pixel(clean)
+        spec, device, mean, scale = clean.spec, clean.device, mean_pixel(clean), pixel(clean)
         classes = range(spec.num_classes) if classes is None else classes
         count, targets = len(classes), torch.tensor(list(classes), device=device)
-        mean = torch.tensor(spec.mean, device=device).view(1, -1, 1, 1)
         batches = Batches(clean, self.batch_size, generator(self.random_seed, "invert", device), augmented=False)
         raw_masks = torch.ones((count, 1, spec.height, spec.width), device=device, requires_grad=True)
         raw_patterns = torch.ones((count, *clean.images.shape[1:]), device=device, requires_grad=True)
         optimizer = torch.optim.Adam([raw_masks, raw_patterns], self.mask_lr, betas=(0.5, 0.9))
         course = Course(self, count, device)
-        best = [(raw_masks.detach().tanh() + 1) / 2, torch.zeros_like(raw_patterns)]
+        best = [squash(raw_masks.detach()), torch.zeros_like(raw_patterns)]
         active = torch.arange(count)
         with still(model), monitor.stage("invert", self.nc_epoch * len(batches)) as progress:
             for epoch in range(1, self.nc_epoch + 1):
@@ -85,8 +83,8 @@ class Inverting(Costed):
                 for x, _ in batches:
                     raw_masks.grad, raw_patterns.grad = torch.zeros_like(raw_masks), torch.zeros_like(raw_patterns)
                     for part in active.to(device).split(max(1, eval_batch(device) // len(x))):
-                        mask = (raw_masks[part].tanh() + 1) / 2
-                        pattern = ((raw_patterns[part].tanh() + 1) / 2 - mean) * scale
+                        mask = squash(raw_masks[part])
+                        pattern = (squash(raw_patterns[part]) - mean) * scale
                         stamped = torch.lerp(x, pattern[:, None], mask[:, None]).flatten(0, 1)
                         wanted = targets[part].repeat_interleave(len(x))
                         with autocast(device, self.amp):
@@ -98,7 +96,7 @@ class Inverting(Costed):
                     seen += len(x)
                     progress.step()
                 with torch.no_grad():
-                    now = [(raw_masks.tanh() + 1) / 2, ((raw_patterns.tanh() + 1) / 2 - mean) * scale]
+                    now = [squash(raw_masks), (squash(raw_patterns) - mean) * scale]
                     better = course.step(hits / seen, now[0].flatten(1).sum(1))
                     keep = (better | course.best.isinf())[:, None, None, None]
                     best = [torch.where(keep, new, old) for new, old in zip(now, best, strict=True)]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ulrl.errors import UserError
-from ulrl.training import channels_first
+from ulrl.training import channels_first, cross_entropy, frozen
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,32 +65,28 @@ def require_shifts(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def masked(
-    model: nn.Module, kind: type[Mask] = Mask, tensors: tuple[str, ...] = ("weight",), *, frozen: bool = True
+    model: nn.Module, kind: type[Mask] = Mask, tensors: tuple[str, ...] = ("weight",), *, weights_too: bool = False
 ) -> Iterator[list[Mask]]:
     """Inside the block the `tensors` of every normalisation layer are `kind` of what they are; afterwards the model is
-    plain again. `frozen`: only the masks can be trained, and the weights stay what they were.
+    plain again. Only the masks can be trained, unless the weights can `weights_too`.
 
     Yields the masks, in the order of `norm_layers` and of `tensors` within a layer.
     """
     layers = norm_layers(model).values()
-    trainable = [p for p in model.parameters() if p.requires_grad] if frozen else []
     masks = []
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        for layer in layers:
-            for tensor in tensors:
-                masks.append(kind(getattr(layer, tensor)))
-                parametrize.register_parametrization(layer, tensor, masks[-1])
-        with channels_first(model):
-            yield masks
-    finally:
-        for layer in layers:
-            for tensor in tensors:
-                if parametrize.is_parametrized(layer, tensor):
-                    parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
-        for p in trainable:
-            p.requires_grad_(True)
+    with frozen(() if weights_too else model.parameters()):
+        try:
+            for layer in layers:
+                for tensor in tensors:
+                    masks.append(kind(getattr(layer, tensor)))
+                    parametrize.register_parametrization(layer, tensor, masks[-1])
+            with channels_first(model):
+                yield masks
+        finally:
+            for layer in layers:
+                for tensor in tensors:
+                    if parametrize.is_parametrized(layer, tensor):
+                        parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
 
 
 def worst_noise(
@@ -98,7 +94,7 @@ def worst_noise(
 ) -> None:
     """Fill `noises`, in place, with the worst within `bound`: from a random start, `steps` signed steps up `loss`.
 
-    That of a layer which takes no part stays as it was drawn.
+    The noise of a layer that has no part in the loss stays as it was drawn.
     """
     with torch.no_grad():
         for noise in noises:
@@ -109,6 +105,30 @@ def worst_noise(
             torch._foreach_add_(noises, torch._foreach_sign(gradients), alpha=bound / steps)
             torch._foreach_clamp_min_(noises, -bound)
             torch._foreach_clamp_max_(noises, bound)
+
+
+def noises_of(masks: list[Mask]) -> list[torch.Tensor]:
+    """The noises of those that are `Perturbed`."""
+    return [m.noise for m in masks if isinstance(m, Perturbed)]
+
+
+def losses_under_noise(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, noises: list[torch.Tensor], bound: float, steps: int,
+    stream: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(cross-entropy under the worst noise, that without noise, and which samples are right without it) of a batch.
+
+    The noise is found as by `worst_noise`, and 0 afterwards.
+    """
+    worst_noise(noises, lambda: cross_entropy(model, x, y)[0], bound, steps, stream)
+    attacked, _ = cross_entropy(model, x, y)
+    silence_noise(noises)
+    return attacked, *cross_entropy(model, x, y)
+
+
+@torch.no_grad()
+def silence_noise(noises: list[torch.Tensor]) -> None:
+    torch._foreach_zero_(noises)
 
 
 @torch.no_grad()

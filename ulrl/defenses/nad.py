@@ -106,7 +106,11 @@ def spatial_stages(model: nn.Module, x: torch.Tensor) -> list[str]:
         if not output.requires_grad:
             return
         size, depth = output.shape[2:], name.count(".")
-        if depth <= ends[size][0] if size in ends else all(size.numel() < s.numel() for s in ends):
+        if size in ends:
+            later = depth <= ends[size][0]
+        else:
+            later = all(size.numel() < s.numel() for s in ends)
+        if later:
             ends[size] = depth, name
 
     model.eval()
@@ -121,8 +125,12 @@ def spatial_stages(model: nn.Module, x: torch.Tensor) -> list[str]:
 def recorded(model: nn.Module, names: list[str]) -> Iterator[list[torch.Tensor]]:
     """Inside the block, the list holds what the named modules gave in the last forward pass."""
     outputs = [torch.empty(0)] * len(names)
+
+    def keep(i: int, output: torch.Tensor) -> None:
+        outputs[i] = output
+
     with contextlib.ExitStack() as hooks:
         for i, name in enumerate(names):
             module = model.get_submodule(name)
-            hooks.enter_context(module.register_forward_hook(lambda _, x, output, i=i: outputs.__setitem__(i, output)))
+            hooks.enter_context(module.register_forward_hook(lambda _, x, output, i=i: keep(i, output)))
         yield outputs

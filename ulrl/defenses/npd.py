@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,9 +38,10 @@ class NPD(Defense):
 
     Per batch: a perturbation within L2 `trigger_norm` (pixels in [0, 1]) towards each image's second most
     likely class, in `inner_steps` signed steps that end where 60 % of the batch is fooled; then one step of
-    the polarizer down lmd1 * clean loss + lmd2 * loss of the attacked images under the class of the clean
-    ones + lmd3, lmd4 * probability of their most likely wrong class, of the attack's target. As in the release the
-    clean samples are not augmented, and the rate is constant.
+    the polarizer down lmd1 * clean loss + lmd2 * loss of the attacked images under the class that the model gives the
+    clean ones - lmd3 * log(1 - p) - lmd4 * log(1 - q), with p the attacked images' probability of their most likely
+    wrong class and q that of the attack's target. As in the release the clean samples are not augmented, and the rate
+    is constant.
 
     The paper puts the polarizer before a convolution with padding, from where its shift cannot be folded into the
     model: at the borders the padding has none. Here it stands behind that convolution, before the BatchNorm
@@ -151,11 +153,10 @@ def _find(model: nn.Module, x: torch.Tensor, num_classes: int, name: str | None)
 
         return hook
 
-    hooks = [m.register_forward_hook(saw(path)) for path, m in model.named_modules()]
-    with torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(saw(path)))
         model(x[:2])
-    for hook in hooks:
-        hook.remove()
     places, hidden = {}, hidden_convolutions(model, num_classes)
     for path, (convolution, output) in outputs.items():
         norm = next((n for n, given in norms if given is output and n.running_mean is not None), None)
@@ -179,10 +180,9 @@ def _identity(model: nn.Module, place: _Place, batches: Batches) -> nn.Sequentia
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         norm(output)
 
-    hook = place.convolution.register_forward_hook(watch)
-    for x, _ in batches:
-        model(x)
-    hook.remove()
+    with place.convolution.register_forward_hook(watch):
+        for x, _ in batches:
+            model(x)
     plug.eval()
     assert norm.running_var is not None
     assert norm.running_mean is not None

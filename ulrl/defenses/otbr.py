@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Defense, Repair, register
+from ulrl.defenses.filters import Ranking
 from ulrl.defenses.selection import sweep
 from ulrl.errors import UserError
 from ulrl.machine import autocast
@@ -63,25 +63,19 @@ class OTBR(Defense):
         unlearned = self._unlearn(copied(model), clean, monitor)
         moved = _convolutions(unlearned, clean.spec.num_classes)
         nwc = {path: (moved[path].weight.detach() - w).abs().flatten(1).sum(1) for path, w in original.items()}
-        ranking = torch.cat(list(nwc.values()))
-        rank = ranking.argsort(descending=True, stable=True).argsort()  # of each filter, 0 for the most changed
-        ranks = dict(zip(nwc, rank.split([len(v) for v in nwc.values()]), strict=True))
+        ranking = Ranking(nwc)
         ratios = PRUNING_RATIOS if self.pruning_ratio is None else tuple(sorted({0.0, self.pruning_ratio}))
 
         @torch.no_grad()
         def edit(model: nn.Module, i: int) -> None:
-            zeroed = {path: r < int(ratios[i] * len(ranking)) for path, r in ranks.items()}
+            zeroed = ranking.first(int(ratios[i] * len(ranking)))
             for path, weight in self._fuse(original, zeroed, nwc).items():
                 model.get_parameter(f"{path}.weight").copy_(weight)
 
         swept = sweep(model, ratios, edit, clean, self.acc_ratio, monitor, amp=self.amp, fixed=self.pruning_ratio)
-        table = pd.concat(
-            {path: pd.DataFrame({"nwc": v.cpu().numpy()}) for path, v in nwc.items()}, names=["layer", "filter"]
-        )
-        table["zeroed"] = rank.cpu().numpy() < int(swept.strength * len(ranking))
+        table = ranking.table(ranking.first(int(swept.strength * len(ranking))))
         evidence = {"pruning_ratio": swept.strength, "filters": len(table), "zeroed": int(table.zeroed.sum())}
-        tables = {"filters": table.sort_values("nwc", ascending=False, kind="stable"), "pruning": swept.curve}
-        return Repair(model, [], evidence, tables, swept.candidates)
+        return Repair(model, [], evidence, {"filters": table, "pruning": swept.curve}, swept.candidates)
 
     def _unlearn(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> nn.Module:
         """`model`, changed in place; of `clean` only the shape of an image and the number of classes are looked at."""

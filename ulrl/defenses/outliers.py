@@ -30,7 +30,8 @@ class Scores:
 class OutlierPruning(Defense):
     """A defense that scores the channels and zeroes those more than `u` deviations above their layer's mean.
 
-    `u` is given, so nothing is chosen; the other strengths are for the judge's eyes alone. In a layer of n channels no
+    `u` is an option, and the method chooses nothing: `u_min`, `u_max` and `u_num` say which others
+    `--report_oracle` judges. In a layer of n channels no
     score is more than (n - 1) / sqrt(n) deviations above the mean: 3.75 of 16, so that the paper's `u` of 3 reaches
     little in the first layers of a narrow net.
     """

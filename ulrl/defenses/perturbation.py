@@ -1,4 +1,4 @@
-"""What the defenses share that look for a perturbation of the pixels: its scale, and a model held still."""
+"""What the defenses share that look for a perturbation or a trigger: the pixels' scale, and a model held still."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.training import in_mode
+from ulrl.training import frozen, in_mode
 
 
 def pixel(data: ImageSet) -> torch.Tensor:
@@ -17,15 +17,18 @@ def pixel(data: ImageSet) -> torch.Tensor:
     return 1 / torch.tensor(data.spec.std, device=data.device).view(1, -1, 1, 1)
 
 
+def mean_pixel(data: ImageSet) -> torch.Tensor:
+    """The data set's mean, of pixels in [0, 1], which is 0 when normalised: float32 [1, C, 1, 1]."""
+    return torch.tensor(data.spec.mean, device=data.device).view(1, -1, 1, 1)
+
+
+def squash(raw: torch.Tensor) -> torch.Tensor:
+    """Any number into (0, 1), as masks and patterns are searched for without a bound."""
+    return (raw.tanh() + 1) / 2
+
+
 @contextlib.contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is in eval mode and no gradient is computed for its weights."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        with in_mode(model, training=False):
-            yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
+    with frozen(model.parameters()), in_mode(model, training=False):
+        yield

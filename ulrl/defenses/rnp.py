@@ -57,6 +57,7 @@ class RNP(MaskPruning, Unlearning):
         """The mask of each normalisation layer, by its dotted name, after training them alone."""
         with masked(unlearned) as masks:
             values = [m.mask for m in masks]
+            # A loss times alpha is, without weight decay, a rate times alpha.
             optimizer = torch.optim.SGD(values, self.recovering_lr * self.alpha, self.sgd_momentum)
             fit(
                 unlearned, self.batches(clean, "recover"), self.recovering_epochs, optimizer,

@@ -25,8 +25,8 @@ class SAU(Defense):
     Per batch:
     1. Perturbations within L-infinity `trigger_norm` (pixels in [0, 1]) are driven, in `adv_steps` signed
        steps, to mislead both models into the same class.
-    2. One Adam step on lmd_1 * clean loss + lmd_2 * adversarial loss + lmd_3 * the probability that the
-       model still gives the class that the backdoored one was misled into.
+    2. One Adam step on lmd_1 * clean loss + lmd_2 * adversarial loss - lmd_3 * log(1 - p), where p is the probability
+       that the model still gives the class that the backdoored one was misled into; 0 where that was not misled.
 
     The defaults are the paper's, as its author put them into BackdoorBench: BatchNorm's statistics stay as
     they are, the clean samples are not augmented, and the last round is kept.

@@ -89,8 +89,9 @@ def sweep(
 
     strengths: rising; the first edits nothing. edit: given a model at strengths[i - 1] and i, takes
     it to strengths[i] in place. The chosen strength is that of `within`, or `fixed`, which is one of them.
-    prepare: what an edited model needs to be judged, where it needs something; done to a copy. finish: what
-    follows the choice (fine-tuning), done to a copy of each of the candidates; the caller does it to `model`.
+    prepare: called with a copy of each edited model before that is judged, such as to measure its statistics anew.
+    finish: what follows the choice (fine-tuning), called with a copy of each of the candidates; the caller does it to
+    `model`.
     """
     original = copied(model)
 
@@ -124,5 +125,5 @@ def _copy_weights(source: nn.Module, target: nn.Module) -> None:
     tensors = [(*model.parameters(), *model.buffers()) for model in (target, source)]
     for ours, theirs in zip(*tensors, strict=True):
         expanded = any(step == 0 and size > 1 for step, size in zip(ours.stride(), ours.shape, strict=True))
-        if not expanded:  # else nothing could write into it, so it is as it was
+        if not expanded:  # else torch cannot write into it, so nothing has changed it
             ours.copy_(theirs)

@@ -17,7 +17,7 @@ from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
 from ulrl.models.preact_resnet import PreActResNet18
 from ulrl.options import option
-from ulrl.training import Monitor, fit, logits, make_optimizer
+from ulrl.training import Monitor, fit, frozen, logits, make_optimizer
 
 _RELEASE = "SSFT release"
 GAMMAS = tuple(tenths / 10 for tenths in range(11))  # what is left of a skip connection while one is chosen
@@ -62,7 +62,6 @@ class SSFT(Unlearning):
     eight leave BadNets 20 to 32%, and layer2.1 leaves WaNet 34% (on 1,500 of the triggered images).
     """
 
-    unlearning_epochs: int = option(20, "unlearning epochs at most", source="RNP release", low=1)
     gamma: float = option(0.001, "what is left of the connection (0 in the release)", low=0.001, high=1)
     epochs: int = option(10, "fine-tuning epochs", source=_RELEASE, low=1)
     lr: float = option(0.01, "learning rate of fine-tuning", source=_RELEASE, low=0)
@@ -107,16 +106,9 @@ class SSFT(Unlearning):
         return leads
 
     def _tune(self, model: nn.Module, stage: str, clean: ImageSet, monitor: Monitor) -> None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        model.get_submodule(stage).requires_grad_(True)
         optimizer = make_optimizer(model, "sgd", self.lr, self.sgd_momentum, self.wd)
-        fit(
-            model, self.batches(clean, "finetune"), self.epochs, optimizer,
-            None, monitor, "finetune", amp=self.amp,
-        )  # fmt: skip
-        for p in trainable:
-            p.requires_grad_(True)
+        with frozen(p for name, p in model.named_parameters() if not name.startswith(f"{stage}.")):
+            fit(model, self.batches(clean, "finetune"), self.epochs, optimizer, None, monitor, "finetune", amp=self.amp)
 
 
 def _fall(share: float, more: float) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import nn
 
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
 from ulrl.defenses.base import Repair, register
+from ulrl.defenses.filters import Ranking
 from ulrl.defenses.selection import Selecting, sweep
 from ulrl.defenses.unlearning import Unlearning
 from ulrl.errors import UserError
@@ -68,14 +68,12 @@ class TSBD(Selecting, Unlearning):
             path: (m.weight.detach() - original[path]).abs().flatten(1)
             for path, m in _convolutions(unlearned.model, clean.spec.num_classes).items()
         }
-        nwc = torch.cat([change.sum(1) for change in changes.values()])
-        rank = nwc.argsort(descending=True, stable=True).argsort()  # of each filter, 0 for the most changed
-        ranks = dict(zip(changes, rank.split([len(change) for change in changes.values()]), strict=True))
+        ranking = Ranking({path: change.sum(1) for path, change in changes.items()})
         ratios = NEURON_RATIOS if self.neuron_ratio is None else tuple(sorted({0.0, self.neuron_ratio}))
 
         @torch.no_grad()
         def edit(model: nn.Module, i: int) -> None:
-            chosen = {path: r < ratios[i] * len(nwc) for path, r in ranks.items()}
+            chosen = ranking.first(ratios[i] * len(ranking))
             floor = _floor(torch.cat([changes[path][c].flatten() for path, c in chosen.items()]), self.weight_ratio)
             for path, c in chosen.items():
                 zero = (c[:, None] & (changes[path] >= floor)).view_as(original[path])
@@ -87,16 +85,13 @@ class TSBD(Selecting, Unlearning):
             finish=lambda candidate: self._finetune(candidate, train, Monitor()),
         )  # fmt: skip
         self._finetune(model, train, monitor)
-        filters = {path: pd.DataFrame({"nwc": change.sum(1).cpu().numpy()}) for path, change in changes.items()}
-        table = pd.concat(filters, names=["layer", "filter"])
-        table["zeroed"] = rank.cpu().numpy() < swept.strength * len(nwc)
         evidence = {
             **unlearned.evidence,
             "neuron_ratio": swept.strength,
-            "filters": len(table),
+            "filters": len(ranking),
             "validation_samples": len(validation),
         }
-        tables = {"filters": table.sort_values("nwc", ascending=False, kind="stable"), "pruning": swept.curve}
+        tables = {"filters": ranking.table(ranking.first(swept.strength * len(ranking))), "pruning": swept.curve}
         return Repair(model, [], evidence, tables, swept.candidates)
 
     def _finetune(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> None:

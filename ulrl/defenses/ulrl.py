@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.base import Repair, register
+from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.unlearning import Unlearned, Unlearning, robust_z
-from ulrl.models.head import Head, find_head
+from ulrl.models.head import Head
 from ulrl.options import option
 from ulrl.seeds import generator
 from ulrl.training import OPTIMIZERS, Monitor, cross_entropy, fit, make_optimizer, make_scheduler
@@ -24,7 +24,7 @@ _RELEASE = "ULRL release"
 
 @register("ulrl")
 @dataclass(frozen=True)
-class ULRL(Unlearning):
+class ULRL(OnHead, Unlearning):
     """Unlearning-relearning on the neurons of the classifier head, that is on its output classes.
 
     1. Unlearn: gradient ascent on the clean samples until their accuracy is `clean_threshold`.
@@ -42,7 +42,6 @@ class ULRL(Unlearning):
 
     z_threshold: float = option(3.5, "rows with a larger robust z are suspicious", source=_RELEASE, low=0)
     max_neurons: int = option(2, "suspicious rows at most, highest z first", source=_RELEASE, low=1)
-    linear_name: str | None = option(None, "dotted name of the classifier head, found when not given")
     on_empty: str = option(
         "finetune", "no suspicious row: finetune, take the top1 row all the same, or abort with the model as it was",
         source=_RELEASE, choices=("finetune", "top1", "abort"),
@@ -53,11 +52,8 @@ class ULRL(Unlearning):
     client_optimizer: str = option("sgd", "optimiser of relearning", source=_RELEASE, choices=OPTIMIZERS)
     relearn_alpha: float = option(0.7, "weight of the cosine penalty", source=_RELEASE, low=0)
 
-    def check(self, model: nn.Module, clean: ImageSet) -> None:
-        find_head(model, clean.spec.num_classes, self.linear_name)
-
     def run(self, model: nn.Module, clean: ImageSet, monitor: Monitor) -> Repair:
-        head_name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        head_name, head = self.head(model, clean)
         neurons, unlearned, spread = self.diagnose(model, clean, monitor)
         flagged = flagged_classes(neurons)
         rows = flagged or ([int(neurons.change.to_numpy().argmax())] if self.on_empty == "top1" else [])
@@ -77,7 +73,7 @@ class ULRL(Unlearning):
     ) -> tuple[pd.DataFrame, Unlearned, dict[str, float]]:
         """Steps 1 and 2, which leave `model` as it is: one row per class (change, z, flagged), the unlearned copy,
         and the spread that z is measured in."""
-        name, head = find_head(model, clean.spec.num_classes, self.linear_name)
+        name, head = self.head(model, clean)
         unlearned = self.unlearn(model, clean, monitor)
         neurons, spread = self._rank(head, unlearned.model.get_submodule(name))
         return neurons, unlearned, spread

@@ -10,7 +10,7 @@ from torch import nn
 
 from ulrl.data.batches import Batches
 from ulrl.data.imageset import ImageSet
-from ulrl.defenses.perturbation import pixel, still
+from ulrl.defenses.perturbation import mean_pixel, pixel, squash, still
 from ulrl.detectors.base import Detector, Scored, register
 from ulrl.machine import autocast, eval_batch
 from ulrl.options import option
@@ -39,7 +39,7 @@ class CognitiveDistillation(Detector):
     def score(self, model: nn.Module, suspects: ImageSet, clean: ImageSet, monitor: Monitor) -> Scored:
         batches = Batches(suspects, eval_batch(suspects.device))
         device, stream = suspects.device, generator(self.random_seed, "hidden", suspects.device)
-        mean = torch.tensor(suspects.spec.mean, device=device).view(1, -1, 1, 1)
+        mean, scale = mean_pixel(suspects), pixel(suspects)
         sizes = []
         with still(model), monitor.stage("distil", len(batches) * self.cd_num_steps) as progress:
             for x, _ in batches:
@@ -48,17 +48,17 @@ class CognitiveDistillation(Detector):
                 with torch.no_grad(), autocast(device, self.amp):
                     wanted = model(x).float()
                 for _ in range(self.cd_num_steps):
-                    mask = (raw.tanh() + 1) / 2
+                    mask = squash(raw)
                     drawn = torch.rand(len(x), x.shape[1], 1, 1, generator=stream, device=device)
                     with autocast(device, self.amp):
-                        answers = model(torch.lerp((drawn - mean) * pixel(suspects), x, mask)).float()
+                        answers = model(torch.lerp((drawn - mean) * scale, x, mask)).float()
                     changed = (answers - wanted).abs().mean(1)
                     loss = changed + self.cd_gamma * mask.flatten(1).sum(1) + self.cd_beta * _variation(mask)
                     optimizer.zero_grad()
                     loss.sum().backward()  # each mask has a gradient of its own
                     optimizer.step()
                     progress.step()
-                sizes.append(((raw.detach().tanh() + 1) / 2).flatten(1).sum(1))
+                sizes.append(squash(raw.detach()).flatten(1).sum(1))
         return Scored(-torch.cat(sizes))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -23,8 +24,8 @@ def find_head(model: nn.Module, num_classes: int, name: str | None = None) -> tu
     channels (SqueezeNet's). `weight.flatten(1)` has a row per class for either.
 
     Raises:
-        UserError: there is none, the named one is no such layer, its weight is computed of others, or serves another
-            layer, too.
+        UserError: there is none, the named one is no such layer, or its weight is computed of others (spectral_norm) or
+            shared with another layer.
     """
     linear, convolutions = {}, {}
     for path, module in model.named_modules(remove_duplicate=False):  # a head may be known by two names
@@ -91,6 +92,12 @@ def first_input(given: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tenso
 def head_features(given: torch.Tensor) -> torch.Tensor:
     """What a head is given, float [N, D], or [N, D, H, W] for a convolution, averaged over positions: [N, D]."""
     return given.flatten(2).mean(2) if given.ndim == 4 else given
+
+
+def head_answers(head: Head, features: torch.Tensor) -> torch.Tensor:
+    """What a head makes of features that are given to it, float [N, D]: [N, K], without a gradient for its weights."""
+    bias = None if head.bias is None else head.bias.detach()
+    return F.linear(features, head.weight.detach().flatten(1), bias)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ class DualEncoder(nn.Module):
         return F.normalize(torch.stack([self.read_texts(texts).mean(0) for texts in prompts]), dim=1)
 
     @torch.no_grad()
-    def embed_all(self, data: ImageSet, amp: bool = True) -> torch.Tensor:
+    def embed_all(self, data: ImageSet, amp: bool) -> torch.Tensor:
         """The images' embeddings as they are, not yet of length 1, in eval mode: float32 [N, dim]. N at least 1."""
         head = self.image.linear
         return F.linear(head_inputs(self.image, head, data, amp), head.weight, head.bias)

@@ -45,6 +45,7 @@ class Repairing:
     suspicious: int = option(64, "ubt: pairs to unlearn, the most suspicious", low=1)
     unlearn_steps: int = option(100, "ubt: steps of unlearning", low=1)
     unlearn_weight: float = option(1.0, "ubt: weight of what is unlearned", low=0)
+    amp: bool = option(True, "bf16 autocast where the device has it")
 
 
 def finetune(encoder: DualEncoder, clean: Pairs, how: Repairing, seed: int, monitor: Monitor) -> Evidence:
@@ -64,7 +65,7 @@ def tune(
     stream = generator(seed, stage, pairs.data.device)
     batches = Batches(pairs.data, how.repair_batch, stream, augmented=False, drop_last=True)
     fit(encoder, batches, epochs, optimizer, make_scheduler(optimizer, "CosineAnnealingLR", epochs), monitor, stage,
-        objective=objective)  # fmt: skip
+        amp=how.amp, objective=objective)  # fmt: skip
 
 
 # Token-level unlearning
@@ -85,11 +86,11 @@ def ubt(encoder: DualEncoder, pairs: Pairs, how: Repairing, seed: int, monitor: 
     The square is the bounded form of unlearning that the release of the same group's BadCLIP has (there of the cosine
     plus `--unlearn_target`, whose default of -1 would raise the cosine to 1).
     """
-    weak = alike(encoder, pairs).argsort()[: max(2, round(how.weak_share * len(pairs)))]
+    weak = alike(encoder, pairs, how.amp).argsort()[: max(2, round(how.weak_share * len(pairs)))]
     copied, subset = copy.deepcopy(encoder), pairs.subset(weak)
     tune(copied, subset, how.overfit_epochs, how, seed, monitor, "overfit", contrastive(subset.tokens))
-    before, _ = tied(encoder, pairs)
-    score, words = tied(copied, pairs)
+    before, _ = tied(encoder, pairs, how.amp)
+    score, words = tied(copied, pairs, how.amp)
     order = score.argsort(descending=True)
     suspicious, kept = order[: how.suspicious], order[len(order) // 2 :]
     forget = Pairs.placed(pairs.data.subset(suspicious), words[suspicious])
@@ -100,19 +101,19 @@ def ubt(encoder: DualEncoder, pairs: Pairs, how: Repairing, seed: int, monitor: 
 
 
 @torch.no_grad()
-def alike(encoder: DualEncoder, pairs: Pairs) -> torch.Tensor:
+def alike(encoder: DualEncoder, pairs: Pairs, amp: bool) -> torch.Tensor:
     """The cosine of each image with its caption: float32 [N]."""
-    return F.cosine_similarity(encoder.embed_all(pairs.data), encoder.eval().read(pairs.tokens))
+    return F.cosine_similarity(encoder.embed_all(pairs.data, amp), encoder.eval().read(pairs.tokens))
 
 
 @torch.no_grad()
-def tied(encoder: DualEncoder, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+def tied(encoder: DualEncoder, pairs: Pairs, amp: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """By how much each image is more like one word than like its caption, float32 [N]; that word, int64 [N, LENGTH].
 
     The word is the one without which the caption is least like the image.
     """
     encoder.eval()
-    images, whole = encoder.embed_all(pairs.data), alike(encoder, pairs)
+    images, whole = encoder.embed_all(pairs.data, amp), alike(encoder, pairs, amp)
     falls = torch.full(pairs.tokens.shape, -torch.inf, device=whole.device)
     for place in range(pairs.tokens.shape[1]):
         there = pairs.tokens[:, place] != PAD
@@ -153,7 +154,8 @@ def ulrl(
     labelled: the clean images with their classes, which the captions tell.
     """
     directions = encoder.class_directions(prompts("garment"))
-    neurons, unlearned, spread = method.diagnose(scaled_classifier(encoder, directions, labelled), labelled, monitor)
+    subject = scaled_classifier(encoder, directions, labelled, how.amp)
+    neurons, unlearned, spread = method.diagnose(subject, labelled, monitor)
     flagged = flagged_classes(neurons)
     likenesses = [redraw_towards(encoder.image.linear, directions[k], seed + k) for k in flagged]
     learn = contrastive(clean.tokens)
@@ -167,10 +169,10 @@ def ulrl(
     return {"flagged": flagged, "z": table, **unlearned.evidence, **spread}
 
 
-def scaled_classifier(encoder: DualEncoder, directions: torch.Tensor, data: ImageSet) -> nn.Module:
+def scaled_classifier(encoder: DualEncoder, directions: torch.Tensor, data: ImageSet, amp: bool) -> nn.Module:
     """The zero-shot classifier with logits as large, on the whole, as the dual encoder's own."""
     made = classifier(encoder, directions)
-    times = encoder.log_scale.detach().exp() / encoder.embed_all(data).norm(dim=1).mean()
+    times = encoder.log_scale.detach().exp() / encoder.embed_all(data, amp).norm(dim=1).mean()
     with torch.no_grad():
         made.linear.weight.mul_(times)
         made.linear.bias.mul_(times)

@@ -23,7 +23,7 @@ from ulrl.data.datasets import clean_subset, load_dataset
 from ulrl.data.imageset import ImageSet, PoisonedSet
 from ulrl.defenses.ulrl import ULRL
 from ulrl.errors import UserError
-from ulrl.files import home, whole_file, whole_folder
+from ulrl.files import check_folder_name, home, whole_file, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import TOOK, Judgement, defense_effectiveness, ranking_judgement, took
 from ulrl.multimodal.captions import SLOTS, Facts, prompts
@@ -108,8 +108,7 @@ def run_clip(
         raise UserError(f"--repairs {run.repairs}: {unknown[0]!r} is none of {', '.join(REPAIRS)}")
     check_attack(attack)
     name = run.save_folder_name or attack.name
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    check_folder_name(name, "--save_folder_name")
     final, device = home() / "record" / "clip" / name, pick_device(run.device)
     peak, monitor = PeakMemory(device), Monitor(bar=bar)
     with (
@@ -148,7 +147,8 @@ def run_clip(
         reference, before = judged.judge(original, training.amp), judged.judge(encoder, training.amp)
         if not took(before[0].asr):
             log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * (before[0].asr or 0), 100 * TOOK)
-        method, _ = configure_defense("ulrl", {"random_seed": run.random_seed}, DATASET, "preactresnet18", quiet=True)
+        shared = {"random_seed": run.random_seed, "amp": how.amp}
+        method, _ = configure_defense("ulrl", shared, DATASET, "preactresnet18", quiet=True)
         assert isinstance(method, ULRL)
         repaired, results = {"before": encoder}, {}
         for repair in names:
@@ -170,7 +170,7 @@ def run_clip(
             }
             write_encoder(own, folder / f"{repair}.safetensors", repair)
         write_index(folder / "poison_index.txt", kept[poisoned])
-        write_captions(folder, repaired, judged)
+        write_captions(folder, repaired, judged, training.amp)
         result = {
             "schema": 1, "kind": "clip", "method": "clip", "record": name, "attack": attack.name, "dataset": DATASET,
             "model": "preactresnet18, text transformer", "options": options_of(attack, run, training, how),
@@ -226,14 +226,14 @@ def found(evidence: Evidence, poisoned: torch.Tensor) -> Evidence:
     }  # fmt: skip
 
 
-def write_captions(folder: Path, encoders: dict[str, DualEncoder], judged: TestSet) -> None:
+def write_captions(folder: Path, encoders: dict[str, DualEncoder], judged: TestSet, amp: bool) -> None:
     """A few triggered images and, for the picture, the captions that each encoder finds nearest to them."""
     some = judged.poisoned.subset(torch.arange(min(SHOWN, len(judged.poisoned))))
     garments, colours, backgrounds = SLOTS.values()
     texts = [f"a {c} {g} on {b}" for g in garments for c in colours for b in backgrounds]
     top = {}
     for name, encoder in encoders.items():
-        alike = encoder.embed_all(some) @ encoder.read_texts(texts).T
+        alike = encoder.embed_all(some, amp) @ encoder.read_texts(texts).T
         top[name] = [[texts[i] for i in row] for row in alike.topk(TOP).indices.tolist()]
     true = [
         f"a {' '.join(SLOTS[s][int(judged.slots[s].labels[i])] for s in ('colour', 'garment'))} on "

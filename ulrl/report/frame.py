@@ -26,9 +26,9 @@ _NO_SETTING = frozenset(
 )
 
 
-def frame_of(results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str, Any] | None] | None = None) -> (
-    pd.DataFrame
-):  # fmt: skip
+def frame_of(
+    results: Iterable[Mapping[str, Any]], makers: Iterable[Mapping[str, Any] | None] | None = None
+) -> pd.DataFrame:
     """One row per run, and one more per oracle choice: KEYS, FIGURES, and
 
     kind (attack or defense); oracle (bool); clean_samples; flagged (classes, with spaces between); options, as

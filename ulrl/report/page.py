@@ -34,11 +34,11 @@ from ulrl.report.plots import highest, signed_z
 from ulrl.report.pooling import variants
 from ulrl.report.results import (
     Run,
+    brief,
     class_names,
     find_runs,
     may_show,
     neurons_of,
-    printable,
     read_table,
 )
 
@@ -103,7 +103,7 @@ def _rows(frame: pd.DataFrame, runs: list[Run], root: Path) -> list[dict[Any, An
     kind = pd.Series(kinds, frame.index, dtype="object")
     frame = frame.assign(
         id=[_id(_name(of[folder], root)) for folder in frame.index],
-        name=[printable(_name(of[folder], root)) for folder in frame.index],
+        name=[brief(_name(of[folder], root)) for folder in frame.index],
         record_id=[_id(str(of[folder].record)) for folder in frame.index],
         variant=variants(frame.defense.str.removesuffix(ORACLE), frame.settings, ()),
         record_variant=variants(kind, frame.record_settings, ()),
@@ -201,7 +201,7 @@ def _picture(folder: Path, name: str) -> Image.Image | None:
                 raise ValueError(f"{picture.width} x {picture.height} pixels")
             return picture.convert("RGB")
     except Exception as error:  # whatever PIL makes of a stranger's bytes
-        log.warning("%s is not shown: %s", printable(str(file)), printable(" ".join(str(error).split())))
+        log.warning("%s is not shown: %s", brief(str(file)), brief(" ".join(str(error).split())))
         return None
 
 

@@ -22,7 +22,7 @@ from ulrl.errors import UserError, one_line
 from ulrl.report.frame import NO_DEFENSE
 from ulrl.report.looks import BLUE, GREY, ORANGE, PALETTE, SHAPES, looks_of
 from ulrl.report.pooling import in_order, summarise
-from ulrl.report.results import printable
+from ulrl.report.results import brief
 
 MARKERS = tuple(SHAPES.values())
 PAPER_WIDTH, PAPER_FONT = 3.3, 7.0  # inches, the width of a column; points, what is still read in print
@@ -46,10 +46,7 @@ def trigger_preview(path: Path, clean: np.ndarray, poisoned: np.ndarray, titles:
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for ax, image in zip(row, images, strict=True):
-            pixels = image.transpose(1, 2, 0)
-            ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            _show(ax, image)
     for ax, text in zip(axes[0], titles, strict=True):
         ax.set_title("\n".join(map(_plain, text.split("\n"))), fontsize=8)
     figure.suptitle(_plain(title), fontsize=11)
@@ -70,10 +67,7 @@ def recovered_triggers(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]],
         shown = (found["clean"], found["poisoned"], stamped, 255 * found["true_mask"][None], 255 * mask[None])
         row[0].set_ylabel(_plain(name), rotation=0, ha="right", va="center", fontsize=8)
         for ax, image in zip(row, shown, strict=True):
-            pixels = image.transpose(1, 2, 0)
-            ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            _show(ax, image)
     for ax, text in zip(axes[0], ("image", "true trigger", "found trigger", "true mask", "found mask"), strict=True):
         ax.set_title(text, fontsize=8)
     figure.suptitle(_plain(title), fontsize=10)
@@ -307,9 +301,17 @@ def tsne(path: Path, features: Mapping[str, np.ndarray], groups: np.ndarray, cla
     _save(figure, path, format, paper)
 
 
+def _show(ax: Axes, image: np.ndarray) -> None:
+    """image: [C, H, W] in [0, 255], C 1 or 3."""
+    pixels = image.transpose(1, 2, 0)
+    ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
 def _plain(text: str) -> str:
     """A name for Matplotlib, to which dollar signs are formulas and a leading underscore hides a label."""
-    return " " * text.startswith("_") + printable(text).replace("$", r"\$")
+    return " " * text.startswith("_") + brief(text).replace("$", r"\$")
 
 
 def _save(

@@ -62,7 +62,7 @@ def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | Non
     try:
         return read_csv(file).astype(types) if may_show(file, run.folder) else None
     except Exception as error:  # whatever pandas makes of a stranger's bytes
-        log.warning("%s is not shown: %s", printable(str(file)), _why(error))
+        log.warning("%s is not shown: %s", brief(str(file)), _why(error))
         return None
 
 
@@ -105,15 +105,15 @@ def may_show(file: Path, folder: Path) -> bool:
     return file.stat().st_size <= TEXT
 
 
-def printable(text: str) -> str:
-    """A stranger's text for a terminal, a table or a page: what is not printable is spelled out; 200 letters."""
+def brief(text: str) -> str:
+    """A stranger's text for a table, a page or a line of a log: harmless, on one line, of at most 200 letters."""
     return one_line(text, 200)
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"lacks {error}"
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    return brief(" ".join(str(error).split())) or type(error).__name__
 
 
 def check_result(file: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ulrl.metrics import TOOK
 from ulrl.record import Record
 from ulrl.report.frame import FIGURES, KEYS, NO_DEFENSE, frame_of, measured_to_take
 from ulrl.report.pooling import best_of, notes_of, summarise
-from ulrl.report.results import Run, printable
+from ulrl.report.results import Run, brief
 
 
 def _percent(value: float | None) -> str:
@@ -28,7 +28,7 @@ def result_table(result: dict[str, Any]) -> RenderableType:
     """One run's `result.json` as a small table, figures in percent, and a few lines below it."""
     defended = result["kind"] == "defense"
     title = f"{result['method']} on {result['record']}" if defended else result["record"]
-    table = Table(title=escape(printable(title)), title_style="bold")
+    table = Table(title=escape(brief(title)), title_style="bold")
     for column in ("", "ACC %", "ASR %", "RA %"):
         table.add_column(column, justify="right" if column else "left")
     for row in ("before", "after"):
@@ -44,21 +44,21 @@ def result_table(result: dict[str, Any]) -> RenderableType:
         if result["clean_samples"]:
             about.append(f"{result['clean_samples']} clean samples")
         lines.add_row("DER %", _percent(result["der"]))
-        lines.add_row("flagged", escape(printable(flagged_text(result["flagged"], result.get("target")))))
+        lines.add_row("flagged", escape(brief(flagged_text(result["flagged"], result.get("target")))))
         if found := result.get("trigger"):
             figures = f"cosine {found['cosine']:.2f}, IoU {found['iou']:.2f}, turns {_percent(found['turned'])} %"
             lines.add_row("trigger", f"found for class {found['class']}: {figures}")
     if measured_to_take(result) is False:
         so = ", so this is no evidence" if defended else ""
         lines.add_row("backdoor", f"did not take: ASR below {100 * TOOK:g}%{so}")
-    lines.add_row("on", escape(printable(", ".join(about))))
+    lines.add_row("on", escape(brief(", ".join(about))))
     lines.add_row("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result["seconds"].items()))
     return Group(table, lines)
 
 
 def detection_table(record: str, results: Sequence[dict[str, Any]]) -> RenderableType:
     """What sample detectors came to on a record: their `result.json`s, the best first."""
-    table = Table(title=escape(printable(record)), title_style="bold")
+    table = Table(title=escape(brief(record)), title_style="bold")
     for column in ("", "AUROC", "recall % at 1% FPR", "poisoned", "images", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     for result in sorted(results, key=lambda r: -(r["auroc"] or 0.0)):
@@ -79,10 +79,10 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
     planted += f", target {labels[0]}" if len(labels) == 1 else ""
     planted += f"; {len(record.bd_test.labels)} triggered test images" if labels else ", so nothing: a clean model"
     about = Table.grid(padding=(0, 2))
-    about.add_row("planted", escape(printable(planted)))
-    about.add_row("on", escape(printable(f"{record.dataset}, {record.num_classes} classes, {record.model_name}")))
+    about.add_row("planted", escape(brief(planted)))
+    about.add_row("on", escape(brief(f"{record.dataset}, {record.num_classes} classes, {record.model_name}")))
     caption = "as the files in the record say; nothing was run now"
-    table = Table(title=escape(printable(record.name)), title_style="bold", caption=caption)
+    table = Table(title=escape(brief(record.name)), title_style="bold", caption=caption)
     for column in ("", "ACC %", "ASR %", "RA %", "DER %", "flagged"):
         table.add_column(column, justify="right" if column.endswith("%") else "left")
     if any(measured_to_take(run.result) is False for run in runs):
@@ -93,12 +93,12 @@ def record_table(record: Record, runs: Sequence[Run]) -> RenderableType:
             table.add_row("no defense", *figures, "", "")
             continue
         flagged = flagged_text(result["flagged"], labels[0] if len(labels) == 1 else None)
-        name = escape(printable(run.folder.name))
-        table.add_row(name, *figures, _percent(result["der"]), escape(printable(flagged)))
+        name = escape(brief(run.folder.name))
+        table.add_row(name, *figures, _percent(result["der"]), escape(brief(flagged)))
     pictures = sorted(p.relative_to(record.folder).as_posix() for p in record.folder.glob("*.png"))
     pictures += sorted(p.relative_to(record.folder).as_posix() for p in record.folder.glob("defense/*/*.png"))
-    about.add_row("in", escape(printable(str(record.folder))))
-    about.add_row("pictures", escape(printable(", ".join(pictures) or "none")))
+    about.add_row("in", escape(brief(str(record.folder))))
+    about.add_row("pictures", escape(brief(", ".join(pictures) or "none")))
     return Group(about, table if runs else "no run has been judged here yet")
 
 
@@ -137,9 +137,9 @@ def summary_table(summary: pd.DataFrame, title: str) -> Table:
     shared = [k for k in cells if k in KEYS and len(cells) > 1 and cells[k].nunique() == 1]
     about = ", ".join(cells[k].iloc[0] for k in shared)
     cells, bold = cells.drop(columns=shared), bold.drop(columns=shared)
-    caption = "\n".join(escape(printable(text)) for text in (SPREAD, about, *notes_of(summary)) if text)
+    caption = "\n".join(escape(brief(text)) for text in (SPREAD, about, *notes_of(summary)) if text)
     table = Table(
-        title=escape(printable(title)), title_style="bold", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=escape(brief(title)), title_style="bold", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for column in map(str, cells):
         if column in HEADS.values():  # on a narrow terminal these break, before the deviation
@@ -151,7 +151,7 @@ def summary_table(summary: pd.DataFrame, title: str) -> Table:
         if cells.columns[0] != "defense" and row[0] != before:
             table.add_section()
         before = row[0]
-        texts = [escape(printable(text)).replace("± ", "±") for text in row]
+        texts = [escape(brief(text)).replace("± ", "±") for text in row]
         table.add_row(*(f"[bold]{text}[/bold]" if mark else text for text, mark in zip(texts, marks, strict=True)))
     return table
 
@@ -161,7 +161,7 @@ def summary_markdown(summary: pd.DataFrame) -> str:
     cells, bold = summary_cells(summary)
 
     def spelled(text: str) -> str:
-        return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", printable(text))
+        return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", brief(text))
 
     marked = cells.map(spelled)
     marked = marked.where(~bold, "**" + marked + "**")
@@ -173,14 +173,14 @@ def summary_markdown(summary: pd.DataFrame) -> str:
 def summary_latex(summary: pd.DataFrame) -> str:
     """The same for a paper: a `tabular` with booktabs' rules; what has to be known besides is comments below it."""
     cells, bold = summary_cells(summary)
-    style = cells.map(printable).rename(columns=lambda name: name.replace("%", r"\%")).style.hide(axis="index")
+    style = cells.map(brief).rename(columns=lambda name: name.replace("%", r"\%")).style.hide(axis="index")
     style = style.format(escape="latex").format(
         lambda text: str(text).replace("±", r"$\pm$"), subset=[c for c in style.columns if c not in KEYS]
     )
     style = style.apply(lambda _: bold.to_numpy().choose(["", "textbf:--rwrap;"]), axis=None)
     alignment = "".join("l" if column in KEYS else "r" for column in cells)
     table = style.to_latex(hrules=True, column_format=alignment)
-    return table + "".join(f"% {printable(note)}\n" for note in (SPREAD, *notes_of(summary)))
+    return table + "".join(f"% {brief(note)}\n" for note in (SPREAD, *notes_of(summary)))
 
 
 SPREAD = "mean ± sample standard deviation over the n runs; over the records where they are several"
@@ -237,14 +237,14 @@ def _spread(mean: float, deviation: float, scale: float) -> str:
 
 def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -> Table:
     """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` for what was not searched."""
-    caption = printable(verdict)
+    caption = brief(verdict)
     table = Table(title="suspicious classes", caption=escape(caption), title_style="bold", min_width=len(caption))
     for column in ("class", "z", "flagged", "reach", "margin"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for label in ranking.z.argsort()[::-1][:10].tolist():
         row = ranking.iloc[label]
         searched = ["-" if math.isnan(x) else f"{x:.{places}f}" for x, places in ((row.reach, 2), (row.margin, 1))]
-        table.add_row(escape(printable(names[label])), f"{row.z:.1f}", "yes" if row.flagged else "", *searched)
+        table.add_row(escape(brief(names[label])), f"{row.z:.1f}", "yes" if row.flagged else "", *searched)
     return table
 
 
@@ -256,7 +256,7 @@ def accuracy_table(report: dict[str, Any], flagged: Sequence[str]) -> Table:
     table = Table(title="repaired", title_style="bold", caption=about, min_width=len(about))
     for column in ("ACC before %", "ACC after %", "flagged"):
         table.add_column(column, justify="right")
-    named = escape(printable(", ".join(flagged) or "none"))
+    named = escape(brief(", ".join(flagged) or "none"))
     table.add_row(_percent(report["accuracy_before"]), _percent(report["accuracy_after"]), named)
     return table
 

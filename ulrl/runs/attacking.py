@@ -24,7 +24,7 @@ from ulrl.configure import AttackRun, PreviewRun, options_of
 from ulrl.data.datasets import dataset_spec, load_dataset
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
-from ulrl.files import home, save_torch, whole_folder
+from ulrl.files import check_folder_name, home, save_torch, whole_folder
 from ulrl.machine import PeakMemory, environment, pick_device, threads_for
 from ulrl.metrics import TOOK, Judgement, perceptibility, took
 from ulrl.models import architecture_of, build_model, load_model
@@ -98,8 +98,7 @@ def run_attack(
     peak = PeakMemory(device)
     clean_model = _clean_model(attack, run, spec, device)
     name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    check_folder_name(name, "--save_folder_name")
     final, pixels = home() / "record" / name, spec.height * spec.width
     with (
         whole_folder(final, overwrite=run.overwrite, keep=LEARNED) as folder,

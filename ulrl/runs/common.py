@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -35,14 +36,16 @@ class EpochJudge:
     def __init__(self, clean: ImageSet, poisoned: PoisonedSet | None, amp: bool, only: str | None = None) -> None:
         self.poisoned = poisoned
         self._clean, self._amp, self._only = clean, amp, only
-        self._rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self._rows: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
 
     def __call__(self, stage: str, epoch: int, model: nn.Module) -> None:
         if self._only in (None, stage):
-            self._rows[stage, epoch] = test_row(judge(model, self._clean, self.poisoned, self._amp))
+            self._rows[stage, epoch].append(test_row(judge(model, self._clean, self.poisoned, self._amp)))
 
     def with_history(self, history: list[dict[str, Any]]) -> pd.DataFrame:
-        rows = [row | self._rows.get((row["stage"], row["epoch"]), {}) for row in history]
+        """A monitor's history, a row per epoch, with the figures of those that were judged."""
+        times = {at: iter(figures) for at, figures in self._rows.items()}  # a method in rounds has a stage again
+        rows = [row | next(times.get((row["stage"], row["epoch"]), iter(())), {}) for row in history]
         return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["stage", "epoch"])  # a method that has no epochs
 
 
@@ -87,8 +90,8 @@ def plain(value: Any) -> Any:
 
 
 def write_result(folder: Path, result: dict[str, Any], draw: Callable[[Path], object] | None) -> None:
-    """`result.json`, and what `draw` makes of the folder. It has its temporary name yet, so that a kill leaves neither
-    a run without its pictures nor a part of one. No picture is worth the run: one that fails is only told."""
+    """Write `result.json`, and let `draw` make its pictures of the folder, which still has its temporary name: a run
+    that is killed leaves nothing half drawn. A picture that fails is logged and does not fail the run."""
     write_json(folder / "result.json", result)
     if draw is not None:
         try:

@@ -12,7 +12,7 @@ from ulrl.configure import RecordRun, options_of
 from ulrl.data.datasets import clean_subset, dataset_spec
 from ulrl.data.imageset import DatasetSpec
 from ulrl.errors import UserError
-from ulrl.files import find_input
+from ulrl.files import check_folder_name, find_input
 from ulrl.record import Record
 from ulrl.untrusted.opening import read_text
 
@@ -54,8 +54,7 @@ def results_folder(record: Record, kind: str, name: str) -> Path:
     Raises:
         UserError: the name is not plain, one of the folders is a link, or they cannot be written to.
     """
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"--save_folder_name {name!r} is not a plain folder name")
+    check_folder_name(name, "--save_folder_name")
     final = record.folder / kind / name
     for place in (final.parent, final):
         if place.is_symlink():  # a downloaded record could lead the writing anywhere

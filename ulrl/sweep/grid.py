@@ -99,7 +99,7 @@ def _jobs(content: Mapping[Any, Any]) -> list[Job]:
     if "defenses" in content:
         beside = [key for key in attacks.axes if key != "random_seed"]  # which the defenses have of their own
         defenses = _section(content["defenses"], "defenses", ("defense",), (*beside, "model"))
-    count = len(attacks) * (1 + len(defenses) if defenses else 1)
+    count = len(attacks) * (1 + (len(defenses) if defenses else 0))  # a record, and what repairs it
     if count > MOST:
         raise UserError(f"its lists make {count} runs, more than the {MOST} that a sweep may have; divide it")
     jobs: dict[str, Job] = {}

@@ -197,9 +197,8 @@ class Clock:
     """How long what is left will take, going by what is done: the like of it, else its kind."""
 
     def __init__(self, jobs: Sequence[Job], states: Mapping[str, State]) -> None:
-        self._spent: dict[tuple[str, ...], tuple[float, int]] = defaultdict(
-            lambda: (0.0, 0)
-        )  # seconds, and of how many
+        # Seconds, and of how many jobs.
+        self._spent: dict[tuple[str, ...], tuple[float, int]] = defaultdict(lambda: (0.0, 0))
         self._left = Counter(job.alike for job in jobs)
         for job in jobs:
             if states[job.name] is State.DONE:
