@@ -238,7 +238,8 @@ def _spread(mean: float, deviation: float, scale: float) -> str:
 def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -> Table:
     """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` where no perturbation was searched."""
     caption = printable(verdict)
-    table = Table(title="suspicious classes", caption=escape(caption), title_style="bold", min_width=len(caption))
+    title = "classes, most suspicious first"
+    table = Table(title=title, caption=escape(caption), title_style="bold", min_width=len(caption))
     for column in ("class", "z", "flagged", "reach"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for label in ranking.z.argsort()[::-1][:10].tolist():
