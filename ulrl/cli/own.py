@@ -93,12 +93,14 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
         raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
     log.info(
-        "z: how far a class's weights move beyond the other classes' while the model unlearns the images, flagged "
-        "above %g. reach: how small a change, the same for all images, makes them that class to the model; 1 is usual, "
-        "near is below %g, or below %g with a z above %g. Backdoored needs a class that is flagged and near; "
-        "docs/verdicts.md says what a verdict is worth, and what to do",
-        found.report["options"]["z_threshold"], NEAR, NEAR_ENOUGH, FAR_ABOVE,
+        "z: how far a class's weights move beyond the other classes' while the model unlearns the images; flagged "
+        "above %g", found.report["options"]["z_threshold"],
     )  # fmt: skip
+    log.info(
+        "reach: how small a change, the same for all images, makes them that class to the model; 1 is usual, near is "
+        "below %g, or below %g with a z above %g", NEAR, NEAR_ENOUGH, FAR_ABOVE,
+    )  # fmt: skip
+    log.info("backdoored: one class is flagged and near; docs/verdicts.md says what a verdict is worth, and what to do")
     if run.check:
         sys.exit({NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}[found.verdict])
     return notes
