@@ -271,6 +271,7 @@ def test_a_wrong_normalisation_gives_no_verdict(more: str, files: Path, capsys: 
         (f"{' '.join(FILES[2:])} --check --model my_nets", "write package.module:factory"),
         (f"{' '.join(FILES[2:])} --check --model no_nets:Net", "No module named 'no_nets'"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:Nett", "has no attribute 'Nett'"),
+        (f"{' '.join(FILES[2:])} --check --model my_nets.py:Nett", "has no attribute 'Nett'"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:broken", "ValueError: out of order"),
         (f"{' '.join(FILES[2:])} --check --model my_nets:leaving", "my_nets:leaving fails (SystemExit: 0)"),
         (f"{' '.join(FILES[2:])} --check --model my_program:Net", "my_program:Net fails (SystemExit: 0)"),

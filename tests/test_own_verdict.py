@@ -34,13 +34,13 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
 @pytest.mark.parametrize(
     ("z", "flagged", "reach", "margin", "verdict"),
     [
-        ([4, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [14, 10, -1], (0, "backdoored")),  # all three signs
-        ([4, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [14, 10, -1], (0, "backdoored")),
-        ([7, 1, 2], [1, 0, 0], [0.65, 1, 1.2], [14, 10, -1], (0, "uncertain")),  # two
-        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [12, 10, -1], (0, "uncertain")),
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.45, 1.2], [10, 14, -1], (1, "uncertain")),
-        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [12, 10, -1], (0, "no evidence found")),
-        ([7, 1, 2], [1, 0, 0], [1, 0.45, 1.2], [10, 9, 14], (0, "no evidence found")),  # each of another class
+        ([4, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [15, 10, -1], (0, "backdoored")),  # all three signs
+        ([4, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [15, 10, -1], (0, "backdoored")),
+        ([7, 1, 2], [1, 0, 0], [0.65, 1, 1.2], [15, 10, -1], (0, "uncertain")),  # two
+        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [13, 10, -1], (0, "uncertain")),
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.45, 1.2], [10, 15, -1], (1, "uncertain")),
+        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [13, 10, -1], (0, "no evidence found")),
+        ([7, 1, 2], [1, 0, 0], [1, 0.45, 1.2], [10, 9, 15], (0, "no evidence found")),  # each of another class
         ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], [10, 10, 10], (0, "no evidence found")),
         ([3, 1, 2], [0, 0, 0], [0.9, 0.7, 1.2], [10, 10, 10], (0, "no evidence found")),
         ([9, 1, 2], [1, 0, 0], [0.2, 1, 1.2], [1, 1, 1], (0, "backdoored")),  # so near that the margin is not needed
@@ -53,7 +53,7 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
         ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [-1, -3, -2], (0, "no evidence found")),
         ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [math.nan] * 3, (0, "uncertain")),
         ([3, 9, 2], [0, 1, 0], [math.nan] * 3, [1, 1, 1], (1, "uncertain")),
-        ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], [14, 10, -1], (0, "uncertain")),
+        ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], [15, 10, -1], (0, "uncertain")),
     ],
 )
 def test_verdicts(

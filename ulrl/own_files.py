@@ -142,7 +142,7 @@ def _build(named: str) -> nn.Module:
     here = os.getcwd()
     sys.path.insert(0, here)  # for good, as their code may import more when it runs
     try:
-        model = functools.reduce(getattr, factory.split("."), importlib.import_module(module))()  # type: ignore[operator]
+        model = functools.reduce(getattr, factory.split("."), importlib.import_module(module.removesuffix(".py")))()  # type: ignore[operator]
     except FAILURES as error:
         raise UserError(f"--model {named} fails ({type(error).__name__}: {error}); mend it, or name another") from error
     finally:

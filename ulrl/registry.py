@@ -55,5 +55,5 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 def nearest(name: str, known: Mapping[str, object] | list[str]) -> str:
     """How an error about an unknown name goes on: the nearest known one, else all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = [found for word in (name, name.lower()) for found in difflib.get_close_matches(word, list(known), n=1)]
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

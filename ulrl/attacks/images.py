@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,7 +30,8 @@ def read_image(
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L").resize((width, height), resample))
     except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
+        rather = "" if os.path.exists(file) else ", or leave it out, as no image of BackdoorBench's comes with ulrl"
+        raise UserError(f"{flag}: {error}{rather}") from None
     return torch.from_numpy(pixels.copy()).reshape(height, width, channels).permute(2, 0, 1)
 
 

@@ -71,6 +71,8 @@ def _command(arguments: list[str]) -> None:
         print(f"ulrl {__version__}")
         return
     name, *rest = arguments
+    if name in ("suspect", "check"):  # as the function is called, and the flag
+        raise UserError(f"unknown command {name!r}; it is ulrl purify --check")
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{nearest(name, COMMANDS)}; ulrl --help says what each does")
     module = importlib.import_module(f"ulrl.cli.{COMMANDS[name]}")

@@ -15,6 +15,9 @@ from ulrl.options import Parser, Schema
 from ulrl.registry import nearest
 from ulrl.shipped import options_file
 
+# Of BackdoorBench's defense/ some only say which images are poisoned, and are of another kind here.
+OTHERS = {"detector": "ulrl detect RECORD --samples {}", "defense": "ulrl defense {}"}
+
 
 def method(kind: str, name: str) -> type:
     """The options of an attack, a defense or a sample detector, as a class.
@@ -24,6 +27,9 @@ def method(kind: str, name: str) -> type:
     """
     known = methods(f"ulrl.{kind.split()[-1]}s")  # a "sample detector" lies in ulrl.detectors
     if name not in known:
+        for other, how in OTHERS.items():
+            if name in methods(f"ulrl.{other}s"):
+                raise UserError(f"{name} is no {kind} here but a {other}; try {how.format(name)}")
         raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
     cls: type = declared(*known[name])
     return cls

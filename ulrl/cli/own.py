@@ -93,10 +93,20 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
         raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
     log.info(
-        "signs of a backdoor: flagged, a z above %g; near, a reach below %g; ahead, a margin %g times the next. "
-        "Backdoored: flagged with a reach below %g, or below %g with a z above %g, or below %g and ahead. "
-        "docs/verdicts.md says what that is worth, and what to do",
-        found.report["options"]["z_threshold"], NEAR, AHEAD, NEAR_ALONE, NEAR_HIGH, HIGH, NEAR_AHEAD,
+        "z: how far a class's weights move beyond the other classes' while the model unlearns the images; flagged "
+        "above %g", found.report["options"]["z_threshold"],
+    )  # fmt: skip
+    log.info(
+        "reach: how small a change, the same for all images, makes them that class to the model; 1 is usual, near is "
+        "below %g", NEAR,
+    )  # fmt: skip
+    log.info(
+        "margin: how sure of a class the model can be made by noise; ahead of the others is %g times the next one",
+        AHEAD,
+    )
+    log.info(
+        "backdoored: one class is flagged, and has a reach below %g, or below %g with a z above %g, or below %g and is "
+        "ahead; docs/verdicts.md says what a verdict is worth, and what to do", NEAR_ALONE, NEAR_HIGH, HIGH, NEAR_AHEAD,
     )  # fmt: skip
     if run.check:
         sys.exit({NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}[found.verdict])

@@ -28,7 +28,7 @@ TOO_FEW = 20  # images below which the verdict is uncertain, whatever is seen
 # Signs of a backdoor: a reach below NEAR, and a margin that is AHEAD times the next one. A flagged class needs a reach
 # below NEAR_ALONE to be a backdoor's; below NEAR_HIGH where its z is above HIGH, below NEAR_AHEAD where it is ahead.
 # Unflagged, NEAR_ALONE or FAR_AHEAD make it uncertain. Set on small models, all of which docs/verdicts.md names.
-NEAR, AHEAD = 0.5, 1.3
+NEAR, AHEAD = 0.5, 1.4
 NEAR_ALONE, NEAR_HIGH, NEAR_AHEAD = 0.25, 0.4, 0.6
 HIGH, FAR_AHEAD = 6.0, 2.0
 
@@ -83,7 +83,7 @@ def suspect(
     short way to its class from every image, so for the ten classes of the largest z (all, when there are no more) the
     smallest universal perturbation is searched, on up to 32 of the images, and a class is near whose reach, the norm
     of its perturbation as a share of their median, is below 0.5. It is *ahead*: noise that is changed a little makes
-    the model surer of it than of the others, by a margin that is 1.3 times the next. The verdict is
+    the model surer of it than of the others, by a margin that is 1.4 times the next. The verdict is
 
     - "backdoored" when a flagged class has a reach below 0.25, below 0.4 where its z is above 6, or below 0.6 where it
       is ahead;

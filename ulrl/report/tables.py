@@ -237,8 +237,8 @@ def _spread(mean: float, deviation: float, scale: float) -> str:
 
 def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -> Table:
     """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` for what was not searched."""
-    caption = brief(verdict)
-    table = Table(title="suspicious classes", caption=escape(caption), title_style="bold", min_width=len(caption))
+    title, caption = "classes, most suspicious first", brief(verdict)
+    table = Table(title=title, caption=escape(caption), title_style="bold", min_width=len(caption))
     for column in ("class", "z", "flagged", "reach", "margin"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for label in ranking.z.argsort()[::-1][:10].tolist():
