@@ -47,9 +47,13 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
         ([7, 1, 2], [1, 0, 0], [0.35, 1, 1.2], [1, 1, 1], (0, "backdoored")),  # less near, but it stands high
         ([5, 1, 2], [1, 0, 0], [0.35, 1, 1.2], [1, 1, 1], (0, "uncertain")),
         ([9, 1, 2], [1, 0, 0], [0.9, 0.2, 1.2], [1, 1, 1], (1, "uncertain")),  # so near, but another
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 21, 3], (1, "uncertain")),  # so far ahead
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 19, 3], (1, "no evidence found")),
-        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [3, -1, -2], (0, "backdoored")),  # of the others none can be had
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 26, 3], (1, "uncertain")),  # so far ahead
+        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 24, 3], (1, "no evidence found")),
+        ([4, 1, 2], [1, 0, 0], [0.9, 0.8, 1.2], [26, 10, 3], (0, "backdoored")),
+        ([4, 1, 2], [1, 0, 0], [math.inf, 0.8, 1.2], [26, 10, 3], (0, "backdoored")),
+        ([4, 1, 2], [1, 0, 0], [0.9, 0.8, 1.2], [24, 10, 3], (0, "uncertain")),
+        ([1, 4, 2], [0, 1, 0], [0.9, 0.8, 1.2], [26, 10, 3], (0, "uncertain")),  # another is flagged
+        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [3, -1, -2], (0, "backdoored")),  # for the others there is none
         ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [-1, -3, -2], (0, "no evidence found")),
         ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [math.nan] * 3, (0, "uncertain")),
         ([3, 9, 2], [0, 1, 0], [math.nan] * 3, [1, 1, 1], (1, "uncertain")),

@@ -73,7 +73,7 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
     """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
     from ulrl import own_files
     from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN
-    from ulrl.own_model.suspecting import AHEAD, HIGH, NEAR, NEAR_AHEAD, NEAR_ALONE, NEAR_HIGH
+    from ulrl.own_model.suspecting import AHEAD, FAR_AHEAD, HIGH, NEAR, NEAR_AHEAD, NEAR_ALONE, NEAR_HIGH
     from ulrl.report.tables import suspicion_table
 
     try:
@@ -101,13 +101,13 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
         "below %g", NEAR,
     )  # fmt: skip
     log.info(
-        "margin: how sure of a class the model can be made by noise; ahead of the others is %g times the next one",
-        AHEAD,
+        "margin: how sure of a class the model is made by noise; ahead of the others is %g times the next one", AHEAD
     )
     log.info(
-        "backdoored: one class is flagged, and has a reach below %g, or below %g with a z above %g, or below %g and is "
-        "ahead; docs/verdicts.md says what a verdict is worth, and what to do", NEAR_ALONE, NEAR_HIGH, HIGH, NEAR_AHEAD,
+        "backdoored: a class is flagged, and has a reach below %g, or below %g with a z above %g, or below %g and is "
+        "ahead, or is %g times ahead", NEAR_ALONE, NEAR_HIGH, HIGH, NEAR_AHEAD, FAR_AHEAD,
     )  # fmt: skip
+    log.info("docs/verdicts.md says what a verdict is worth, and what to do")
     if run.check:
         sys.exit({NO_EVIDENCE: 0, BACKDOORED: 3, UNCERTAIN: 4}[found.verdict])
     return notes

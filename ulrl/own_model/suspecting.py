@@ -25,12 +25,12 @@ SEARCH_SAMPLES = 32
 SEARCH_CLASSES = 10
 FEW = 200  # images; how often verdicts are right was measured on as many and more
 TOO_FEW = 20  # images below which the verdict is uncertain, whatever is seen
-# Signs of a backdoor: a reach below NEAR, and a margin that is AHEAD times the next one. A flagged class needs a reach
-# below NEAR_ALONE to be a backdoor's; below NEAR_HIGH where its z is above HIGH, below NEAR_AHEAD where it is ahead.
-# Unflagged, NEAR_ALONE or FAR_AHEAD make it uncertain. Set on small models, all of which docs/verdicts.md names.
-NEAR, AHEAD = 0.5, 1.4
-NEAR_ALONE, NEAR_HIGH, NEAR_AHEAD = 0.25, 0.4, 0.6
-HIGH, FAR_AHEAD = 6.0, 2.0
+# Signs of a backdoor: a reach below NEAR, and a margin that is AHEAD times the next one. A flagged class is that of a
+# backdoor with a reach below NEAR_ALONE; below NEAR_HIGH where its z is above HIGH, below NEAR_AHEAD where it is ahead;
+# with any where it is FAR_AHEAD. Unflagged, NEAR_ALONE and FAR_AHEAD make it uncertain. Set on small models, all of
+# which docs/verdicts.md names.
+NEAR, AHEAD, HIGH = 0.5, 1.4, 6.0
+NEAR_ALONE, NEAR_HIGH, NEAR_AHEAD, FAR_AHEAD = 0.25, 0.4, 0.6, 2.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,8 +86,8 @@ def suspect(
     the model surer of it than of the others, by a margin that is 1.4 times the next. The verdict is
 
     - "backdoored" when a flagged class has a reach below 0.25, below 0.4 where its z is above 6, or below 0.6 where it
-      is ahead;
-    - "uncertain" when a class bears two of the signs, has a reach below 0.25 or is ahead by twice the next; when they
+      is ahead; or when its margin is 2.5 times the next, whatever its reach;
+    - "uncertain" when a class bears two of the signs, has a reach below 0.25 or 2.5 times the next margin; when they
       were sought in vain:
       unlearning ended above its goal, a perturbation was found for less than half of the classes searched, or the
       model has two classes, of which neither can stand out from the other; and, whatever is seen, on fewer than 20
@@ -179,7 +179,8 @@ def decide(ranking: pd.DataFrame, searched: bool = True) -> tuple[int, str]:
     marked, lead = flagged == 1, _lead(margin)
     ahead = lead >= AHEAD
     limit = np.where(ahead, NEAR_AHEAD, np.where(z > HIGH, NEAR_HIGH, NEAR_ALONE))
-    if (found := marked & (reach < limit)).any():  # a reach that is NaN is not
+    found = marked & ((reach < limit) | (lead >= FAR_AHEAD))  # a reach that is NaN is not
+    if found.any():
         return int(np.nanargmin(np.where(found, reach, np.nan))), BACKDOORED
     signs = marked * 1 + np.where(reach < NEAR_ALONE, 2, reach < NEAR) + np.where(lead >= FAR_AHEAD, 2, ahead)
     look = np.lexsort((z, signs))[-1]  # the most signs and, of those, the highest z
