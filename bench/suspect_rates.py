@@ -79,14 +79,15 @@ class Net:
 def nets() -> Iterator[Net]:
     """Clean ones first, as some attacks need one."""
     for dataset, seeds in (
-        ("digits", (*range(5000, 5014), *range(8000, 8012))),
+        ("digits", (*range(5000, 5014), *range(8000, 8012), *range(9000, 9010))),
         ("fashion_mnist", range(6000, 6003)),
         ("fashion_scenes", range(7000, 7004)),
     ):
         yield from (Net(dataset, "prototype", seed, {}) for seed in seeds)
-    for i in range(8):
-        yield Net("digits", "badnet", 5100 + i, {"attack_target": (3 * i + 1) % 10, "patch_size": 2})
-        yield Net("digits", "blended", 5200 + i, {"attack_target": 3 * i % 10})
+    for first, count in ((5000, 8), (9000, 6)):
+        for i in range(count):
+            yield Net("digits", "badnet", first + 100 + i, {"attack_target": (3 * i + 1) % 10, "patch_size": 2})
+            yield Net("digits", "blended", first + 200 + i, {"attack_target": 3 * i % 10})
     for i in range(3):
         yield Net("digits", "sig", 5300 + i, {"attack_target": (3 * i + 2) % 10, "pratio": 0.5})
     for i, attack in enumerate(ON_DIGITS):
@@ -129,7 +130,8 @@ def asked(folder: Path, share: float, seed: int) -> dict[str, Any]:
         "target": options["attack_target"] if one_target else None, "acc": round(result["after"]["acc"], 4), "asr": asr,
         "took": None if asr is None else asr >= TOOK, "verdict": found.verdict, "label": found.label,
         "flagged": " ".join(map(str, ranking.index[ranking.flagged])), "z_highest": round(float(ranking.z.max()), 1),
-        "nearest": ranking.reach.idxmin(), "reach": round(float(ranking.reach.min()), 3),
+        "nearest": ranking.reach.idxmin() if ranking.reach.notna().any() else None,
+        "reach": round(float(ranking.reach.min()), 3),
         "ahead": ranking.margin.idxmax(), "lead": round(highest / following, 2) if following > 0 else None,
         "seconds": round(found.report["seconds"]["total"], 1),
     }  # fmt: skip
@@ -151,7 +153,7 @@ def main() -> None:
         row = asked(folder, share, seed)
         print(row, flush=True)
         rows = with_earlier(RESULT, pd.DataFrame([row]), ["record"])
-        write_csv(RESULT, rows.astype({"target": "Int64"}))
+        write_csv(RESULT, rows.astype({"target": "Int64", "nearest": "Int64"}))
     rows = pd.read_csv(RESULT)
     print(rows.groupby(["dataset", "attack", "verdict"]).size())
 

@@ -35,11 +35,11 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
     ("z", "flagged", "reach", "margin", "verdict"),
     [
         ([4, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [15, 10, -1], (0, "backdoored")),  # all three signs
-        ([4, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [15, 10, -1], (0, "backdoored")),
+        ([4, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [15, 10, -1], (0, "backdoored")),
         ([7, 1, 2], [1, 0, 0], [0.65, 1, 1.2], [15, 10, -1], (0, "uncertain")),  # two
-        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [13, 10, -1], (0, "uncertain")),
+        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [12, 10, -1], (0, "uncertain")),
         ([3, 1, 2], [0, 0, 0], [0.9, 0.45, 1.2], [10, 15, -1], (1, "uncertain")),
-        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [13, 10, -1], (0, "no evidence found")),
+        ([7, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [12, 10, -1], (0, "no evidence found")),
         ([7, 1, 2], [1, 0, 0], [1, 0.45, 1.2], [10, 9, 15], (0, "no evidence found")),  # each of another class
         ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], [10, 10, 10], (0, "no evidence found")),
         ([3, 1, 2], [0, 0, 0], [0.9, 0.7, 1.2], [10, 10, 10], (0, "no evidence found")),
@@ -53,10 +53,12 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
         ([4, 1, 2], [1, 0, 0], [math.inf, 0.8, 1.2], [26, 10, 3], (0, "backdoored")),
         ([4, 1, 2], [1, 0, 0], [0.9, 0.8, 1.2], [24, 10, 3], (0, "uncertain")),
         ([1, 4, 2], [0, 1, 0], [0.9, 0.8, 1.2], [26, 10, 3], (0, "uncertain")),  # another is flagged
-        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [3, -1, -2], (0, "backdoored")),  # for the others there is none
-        ([7, 1, 2], [1, 0, 0], [0.55, 1, 1.2], [-1, -3, -2], (0, "no evidence found")),
+        ([7, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [3, -1, -2], (0, "backdoored")),  # for the others there is none
+        ([7, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [-1, -3, -2], (0, "no evidence found")),
         ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [math.nan] * 3, (0, "uncertain")),
         ([3, 9, 2], [0, 1, 0], [math.nan] * 3, [1, 1, 1], (1, "uncertain")),
+        ([3, 9, 2], [0, 1, 0], [math.nan] * 3, [1, 30, 1], (1, "backdoored")),
+        ([7, 9, 2], [1, 1, 0], [0.5, 0.2, 1.2], [30, 1, 1], (1, "backdoored")),  # of two the nearer
         ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], [15, 10, -1], (0, "uncertain")),
     ],
 )

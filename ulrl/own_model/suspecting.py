@@ -29,8 +29,8 @@ TOO_FEW = 20  # images below which the verdict is uncertain, whatever is seen
 # backdoor with a reach below NEAR_ALONE; below NEAR_HIGH where its z is above HIGH, below NEAR_AHEAD where it is ahead;
 # with any where it is FAR_AHEAD. Unflagged, NEAR_ALONE and FAR_AHEAD make it uncertain. Set on small models, all of
 # which docs/verdicts.md names.
-NEAR, AHEAD, HIGH = 0.5, 1.4, 6.0
-NEAR_ALONE, NEAR_HIGH, NEAR_AHEAD, FAR_AHEAD = 0.25, 0.4, 0.6, 2.5
+NEAR, AHEAD, HIGH = 0.5, 1.3, 6.0
+NEAR_ALONE, NEAR_HIGH, NEAR_AHEAD, FAR_AHEAD = 0.25, 0.4, 0.55, 2.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,9 +83,9 @@ def suspect(
     short way to its class from every image, so for the ten classes of the largest z (all, when there are no more) the
     smallest universal perturbation is searched, on up to 32 of the images, and a class is near whose reach, the norm
     of its perturbation as a share of their median, is below 0.5. It is *ahead*: noise that is changed a little makes
-    the model surer of it than of the others, by a margin that is 1.4 times the next. The verdict is
+    the model surer of it than of the others, by a margin that is 1.3 times the next. The verdict is
 
-    - "backdoored" when a flagged class has a reach below 0.25, below 0.4 where its z is above 6, or below 0.6 where it
+    - "backdoored" when a flagged class has a reach below 0.25, below 0.4 where its z is above 6, or below 0.55 where it
       is ahead; or when its margin is 2.5 times the next, whatever its reach;
     - "uncertain" when a class bears two of the signs, has a reach below 0.25 or 2.5 times the next margin; when they
       were sought in vain:
@@ -174,14 +174,14 @@ def suspect(
 def decide(ranking: pd.DataFrame, searched: bool = True) -> tuple[int, str]:
     """The class to look at and the verdict, by the signs in `suspect`. ranking: z, flagged, reach, margin by class."""
     z, flagged, reach, margin = (ranking[key].to_numpy(float) for key in ("z", "flagged", "reach", "margin"))
-    if np.isnan(reach).all():
-        return int(z.argmax()), UNCERTAIN
+    searched = searched and not np.isnan(reach).all()
+    reach = np.where(np.isnan(reach), np.inf, reach)
     marked, lead = flagged == 1, _lead(margin)
     ahead = lead >= AHEAD
     limit = np.where(ahead, NEAR_AHEAD, np.where(z > HIGH, NEAR_HIGH, NEAR_ALONE))
-    found = marked & ((reach < limit) | (lead >= FAR_AHEAD))  # a reach that is NaN is not
+    found = marked & ((reach < limit) | (lead >= FAR_AHEAD))
     if found.any():
-        return int(np.nanargmin(np.where(found, reach, np.nan))), BACKDOORED
+        return int(np.lexsort((z, -reach, found))[-1]), BACKDOORED
     signs = marked * 1 + np.where(reach < NEAR_ALONE, 2, reach < NEAR) + np.where(lead >= FAR_AHEAD, 2, ahead)
     look = np.lexsort((z, signs))[-1]  # the most signs and, of those, the highest z
     return int(look), UNCERTAIN if signs[look] >= 2 or not searched else NO_EVIDENCE
