@@ -90,6 +90,18 @@ def test_a_record_without_its_images_is_said_to_be_so(record: Record, caplog: py
     assert (new / record.bd_train.folder).is_dir()
 
 
+@pytest.mark.parametrize("folder", ["bd_train_dataset", PLAIN])
+def test_an_image_that_has_the_name_of_another_file_is_refused(record: Record, folder: str) -> None:
+    content = torch.load(record.folder / PICKLE, weights_only=False)
+    shutil.copytree(record.folder / "bd_test_dataset", record.folder / folder, dirs_exist_ok=True)
+    content["bd_test"]["bd_data_container"]["save_folder_path"] = folder
+    peer.save(content, record.folder / PICKLE)
+    refused(lambda: convert(load_record(record.folder), ConvertOptions()), ".png", "another file")
+    content["bd_test"]["bd_data_container"]["save_folder_path"] = "f" * 300
+    peer.save(content, record.folder / PICKLE)
+    refused(lambda: load_record(record.folder), "no plain folder")
+
+
 def test_what_is_written_is_read_under_numpy_1(record: Record) -> None:
     """BackdoorBench's own environment has it, and no module `numpy._core`."""
     back = convert(load_record(convert(record, ConvertOptions())), ConvertOptions(to="pickle", out="again"))
@@ -118,6 +130,12 @@ def test_a_damaged_plain_record_is_refused(record: Record) -> None:
         assert content != whole
         file.write_bytes(content)
         refused(lambda: load_record(file.parent), str(file))
+
+
+def test_of_a_record_nothing_outside_is_looked_into(record: Record, tmp_path: Path) -> None:
+    (record.folder / PICKLE).rename(tmp_path / "secret.pt")
+    (record.folder / PICKLE).symlink_to(tmp_path / "secret.pt")
+    refused(lambda: inspect_file(record.folder), PICKLE, "leads out")
 
 
 def test_what_is_in_a_file_is_told_without_opening_it(record: Record, tmp_path: Path) -> None:

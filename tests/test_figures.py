@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +207,12 @@ def test_figures_of_one_defense(tiny_home: Path, tmp_path: Path, capsys: pytest.
         assert left.value.code == 2, said
         assert all(word in said for word in words), said
         assert not Path("d.pdf").exists()
+
+
+def test_settings_that_lie_in_the_current_folder_are_not_followed(record: Path) -> None:
+    """It may be a stranger's record, and such settings can have LaTeX run."""
+    (record / "matplotlibrc").write_text("text.usetex: True\n\x1b[2J: 3\n")
+    argv = [sys.executable, "-m", "ulrl", "plot", "asr-acc", str(record), "--out", "a.png"]
+    drawn = subprocess.run(argv, cwd=record, capture_output=True, text=True)
+    assert (drawn.returncode, drawn.stdout) == (0, "a.png\n"), drawn.stderr
+    assert "matplotlibrc" not in drawn.stderr

@@ -177,7 +177,8 @@ def test_a_kept_folder_outlives_a_failure_and_an_overwriting(tmp_path: Path) -> 
     assert not folder.exists()
     assert run() == ["a.pt", "learned"], "the unfinished run's work, and nothing else of it"
     (folder / "learned" / "link.pt").symlink_to(secret)
-    assert run(overwrite=True) == ["a.pt", "learned"], "a link is not followed"
+    os.mkfifo(folder / "learned" / "pipe.pt")
+    assert run(overwrite=True) == ["a.pt", "learned"], "a link is not followed, and a pipe not waited for"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["secret.txt", "x"]
 
 

@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from PIL import Image
 from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.poison_state import PoisonState
-from ulrl.record import load_record
+from ulrl.record import load_defense_result, load_record
 from ulrl.record_folder import PICKLE as RESULT_FILE
 from ulrl.record_writer import write_defense_result, write_record
 
@@ -261,11 +262,23 @@ def test_cover_samples_are_told_from_triggered_ones() -> None:
 
 
 def test_the_attacks_name(record: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = torch.load(record / RESULT_FILE, weights_only=False)
     assert load_record(record).attack is None
     (record / "result.json").write_text(json.dumps({"method": "wanet"}))
     assert load_record(record).attack == "wanet"
     torch.save({"attack": "badnet"}, record / "info.pickle")
     assert load_record(record).attack == "badnet"
+    for name in ("a" * 9_000_000, "\ud800", "\x1b[2J"):  # with which a run's own result.json could not be read again
+        torch.save({**content, "attack": name}, record / RESULT_FILE)
+        assert load_record(record).attack == "badnet"
+        torch.save({"attack": name}, record / "info.pickle")
+        assert load_record(record).attack == "wanet"
+        torch.save({"attack": "badnet"}, record / "info.pickle")
+    torch.save(content, record / RESULT_FILE)
+    torch.save(torch.zeros(3), record / "info.pickle")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_record(record).attack == "wanet"
     (record / "result.json").write_text("{")
     (record / "info.pickle").write_bytes(b"no torch file")
     with caplog.at_level(logging.WARNING):
@@ -274,6 +287,14 @@ def test_the_attacks_name(record: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_classes", torch.ones(2)), ("model_name", np.zeros(2))])
+def test_a_repaired_model_of_no_architecture_is_refused(record: Path, name: str, value: object) -> None:
+    opened = load_record(record)
+    content = {"model_name": opened.model_name, "num_classes": opened.num_classes, "model": opened.state_dict}
+    torch.save({**content, name: value}, record / "defense_result.pt")
+    refused(lambda: load_defense_result(record, opened), "defense_result.pt", "architecture")
 
 
 def test_what_is_not_there(tmp_path: Path, record: Path) -> None:

@@ -30,6 +30,8 @@ from ulrl.report.page import repeat_command
 from ulrl.report.pooling import best_of, in_order, notes_of, summarise
 from ulrl.report.results import find_runs
 from ulrl.report.tables import comparison_table, summary_cells, summary_latex, summary_markdown, summary_table
+from ulrl.runs.common import write_json
+from ulrl.untrusted.texts import read_json
 
 
 @pytest.fixture
@@ -406,6 +408,18 @@ def test_a_link_out_of_the_folder_is_not_followed(study: Path, tmp_path: Path) -
     assert len(runs) == 8
     assert "link" in left_out[0]
     refused(lambda: find_runs(study / "nowhere"), "nowhere", "folder")
+
+
+def test_a_result_outside_of_a_record_has_no_record_above_it(tmp_path: Path) -> None:
+    write_record(tmp_path / "one", "badnet", {})
+    write(tmp_path / "one" / "came" / "x", result())
+    (run,) = find_runs(tmp_path / "one" / "came")[0]
+    assert run.record == run.folder, "and no picture is taken from above the folder that was named"
+
+
+def test_what_a_run_writes_of_a_path_that_is_no_utf_8_is_read_again(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"options": {"dataset_path": "a\udcff"}})
+    assert read_json(tmp_path / "result.json") == {"options": {"dataset_path": "a\\udcff"}}
 
 
 odd = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -18,7 +18,7 @@ from ulrl.record import INFO_FILE, KEYS, Record, load_record
 from ulrl.record_folder import PICKLE, PLAIN, result_file
 from ulrl.record_formats import SPLITS, load_raw, save_pickle, save_plain
 from ulrl.untrusted.images import png_bytes
-from ulrl.untrusted.opening import TEXT, opened
+from ulrl.untrusted.opening import TEXT, opened, real_path
 from ulrl.untrusted.torchfiles import MOST, Other, load_torch, look_into
 from ulrl.untrusted.weights import load_safetensors
 
@@ -80,9 +80,14 @@ def convert(record: Record, options: ConvertOptions) -> Path:
 
 
 def _copy(source: Path, target: Path, most: int, inside: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with opened(source, most, inside) as content, target.open("xb") as copy:
-        shutil.copyfileobj(content, copy)
+    with opened(source, most, inside) as content:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = target.open("xb")
+        except (FileExistsError, NotADirectoryError):  # both splits name it, or it is named as a file of the record
+            raise UserError(f"{source} is named as another file of the new record; unpack the old one again") from None
+        with copy:
+            shutil.copyfileobj(content, copy)
 
 
 def inspect_file(file: Path) -> tuple[list[str], bool]:
@@ -91,10 +96,11 @@ def inspect_file(file: Path) -> tuple[list[str], bool]:
     Nothing in it is run: names that a pickle asks for are found by reading its opcodes.
 
     Raises:
-        UserError: it is not there, or no file.
+        UserError: it is not there, or no file; of a record, it leads out of that.
     """
     if file.is_dir():
-        file = result_file(file)
+        inside, file = file.resolve(), result_file(file)
+        real_path(file, inside)
     lines, asked = [one_line(str(file))], []
     with opened(file, MOST) as content:
         lines.append(f"{os.fstat(content.fileno()).st_size} bytes")

@@ -139,7 +139,7 @@ def whole_folder(folder: Path, *, overwrite: bool, keep: str = "") -> Iterator[P
             raise _exists(folder)
         _empty(partial, keep)
         if keep and (folder / keep).is_dir() and not (folder / keep).is_symlink() and not (partial / keep).exists():
-            shutil.copytree(folder / keep, partial / keep, ignore=_links)
+            shutil.copytree(folder / keep, partial / keep, ignore=_odd)
         yield partial
         if folder.exists():
             _remove(replaced)
@@ -291,9 +291,10 @@ def _empty(partial: Path, keep: str) -> None:
             _remove(entry)
 
 
-def _links(folder: str, names: list[str]) -> list[str]:
-    """Those of the names that are links: a stranger's folder could have any file copied by them."""
-    return [name for name in names if os.path.islink(os.path.join(folder, name))]
+def _odd(folder: str, names: list[str]) -> list[str]:
+    """Those of the names that are links, by which a stranger's folder could have any file copied, or pipes and such."""
+    modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
+    return [name for name, mode in modes.items() if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))]
 
 
 def _remove(path: Path) -> None:

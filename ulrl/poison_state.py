@@ -65,7 +65,7 @@ def read_state(file: Path, key: str, raw: Any, num_classes: int) -> PoisonState:
     folder = PureWindowsPath(folder).name if isinstance(folder, str) else ""
     need(
         file,
-        re.fullmatch(r"\w[\w.-]*", folder) is not None,
+        re.fullmatch(r"\w[\w.-]{0,59}", folder) is not None,
         f"save_folder_path of {key} names no plain folder",
     )
     need(

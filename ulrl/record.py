@@ -174,7 +174,7 @@ def load_record(record: str | os.PathLike[str], flag: str = "record") -> Record:
         img_size=(size[0], size[1], size[2]),
         bd_train=None if raw["bd_train"] is None else read_state(file, "bd_train", raw["bd_train"], classes),
         bd_test=read_state(file, "bd_test", raw["bd_test"], classes),
-        attack=raw["attack"] if isinstance(raw.get("attack"), str) else _attack_name(folder, inside),
+        attack=raw["attack"] if _is_name(raw.get("attack")) else _attack_name(folder, inside),
         clean_test=raw["clean_test"] if isinstance(raw.get("clean_test"), str) else None,
     )
 
@@ -189,7 +189,9 @@ def load_defense_result(folder: Path, record: Record) -> dict[str, torch.Tensor]
     if not os.path.lexists(file):
         raise UserError(f"{file} is missing: not the folder of a defense, or one that did not finish; run it again")
     raw = _load_dict(file, record.folder.resolve(), ("model_name", "num_classes", "model"))
-    same = (raw["model_name"], raw["num_classes"]) == (record.model_name, record.num_classes)
+    name, classes = raw["model_name"], raw["num_classes"]
+    same = isinstance(name, str) and type(classes) is int  # an array would compare number by number
+    same = same and (name, classes) == (record.model_name, record.num_classes)
     need(file, same, f"is of another architecture than {record.name}")
     return _state_dict(file, raw["model"])
 
@@ -228,10 +230,17 @@ def _attack_name(folder: Path, inside: Path) -> str | None:
         file = folder / name
         if os.path.lexists(file):
             try:
-                attack = read(file, inside=inside)[key]
-            except (UserError, KeyError, TypeError, IndexError) as error:  # not what decides whether it is readable
+                held = read(file, inside=inside)
+                need(file, isinstance(held, dict), "holds no dict")
+                attack = held[key]
+            except (UserError, KeyError) as error:  # not what decides whether it is readable
                 log.warning("%s does not tell the attack's name: %s", file, error)
             else:
-                if isinstance(attack, str):
-                    return attack
+                if _is_name(attack):
+                    return str(attack)
     return None
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it may stand in the results of a run, which would else be too large to be read again, or no UTF-8."""
+    return isinstance(value, str) and len(value) <= 200 and value.isprintable()

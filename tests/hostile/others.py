@@ -298,6 +298,27 @@ def results() -> Iterator[Case]:
         yield Case(f"a table with a million columns {name}", lambda p, t=text: put(fabricated.write(
                    p.home / "results/g/defense/u", fabricated.result()) / "neurons.csv", t),
                    ["plot", "ranking", "results/g/defense/u", "--out", "r.png"], ("ranks neurons",))  # fmt: skip
+    deep = json.dumps(fabricated.result(evidence={"x": 0})).replace('"x": 0', '"x": ' + "[" * 978 + "]" * 978)
+    figures = "class,change,z,flagged,excess\n0,1.5,{},True,{}\n1,0.5,-1,False,0\n"
+    for name, file, text, attack in (
+        ("nested as deep as Python reads", "result.json", deep, False),
+        ("a table with a column twice", "attack_df.csv", "epoch,loss,train_epoch_loss_avg_over_batch\n0,1.5,1.5\n", True),
+        ("a loss at the end of floats", "ulrl_df.csv", "stage,epoch,loss\nx,0,1.7976931348623157e308\n", False),
+        ("a z at the end of floats", "neurons.csv", figures.format("1.7976931348623157e308", 0), False),
+    ):  # fmt: skip
+
+        def beside(place: Place, file: str = file, text: str = text, attack: bool = attack) -> None:
+            fabricated.write_record(place.home / "results" / "good", "badnet", {})
+            folder = place.home / "results" / ("bad" if attack else "bad/defense/ulrl")
+            put(fabricated.write(folder, fabricated.result("attack" if attack else "defense")) / file, text)
+
+        yield Case(f"page of {name}", beside, ["report", "results"], exits=(0,))
+    for name, z, excess in (("a z at the end of floats", "1.7976931348623157e308", 0), ("an excess of text", 1, "x"),
+                            ("an excess at the end of floats", 1, "1.7976931348623157e308")):  # fmt: skip
+        text = figures.format(z, excess)
+        yield Case(f"ranking with {name}", lambda p, t=text: put(fabricated.write(
+                   p.home / "results/g/defense/u", fabricated.result(evidence={"z_threshold": 2})) / "neurons.csv", t),
+                   ["plot", "ranking", "results/g/defense/u", "--out", "r.png"], ("ranks neurons",))  # fmt: skip
     for argv, word in (
         (["results", "results", "--export", "no/such/folder.csv"], "folder"),
         (["results", "results", "--export", "results/x.csv/y.csv"], "folder"),

@@ -45,6 +45,18 @@ def kept() -> Iterator[Case]:
         (" of a method that leads out", {"method": "../../../../outside/x"}, (), (0,)),
         (" with texts for numbers", {"after": {"acc": "1"}}, ("result.json", "damaged"), (2,)),
         (" with lists for texts", {"method": ["ft"]}, ("result.json", "damaged"), (2,)),
+        (
+            " with texts for a trigger",
+            {"trigger": dict.fromkeys(("class", "cosine", "iou", "turned"), "1")},
+            ("result.json", "damaged"),
+            (2,),
+        ),
+        (
+            " with a figure before that is named as a column is",
+            {"before": {"acc": 0.9, "asr": 0.9, "ra": 0.1, "kind": "x", "self": "x"}},
+            (),
+            (0,),
+        ),
     ):
         yield Case(f"result that came with the record{name}", lambda p, o=other: folder(p, **o), COMPARE, words, exits)
     for name, make in (
@@ -73,11 +85,22 @@ def sweeps() -> Iterator[Case]:
         put(place.home / "s.yaml", GRID)
         (place.home / "record" / ".sweep").symlink_to(place.outside)
 
+    def within(place: Place) -> None:
+        put(place.home / "s.yaml", f"{GRID}defenses: {{defense: ft, ratio: 0.1}}\n")
+        record, _ = read_sweep(str(place.home / "s.yaml"))
+        folder = place.home / "record" / record.name
+        fabricated.write(folder, fabricated.result("attack"))
+        (folder / "defense").symlink_to(place.outside)
+
     yield Case("sweep of a data set whose name has 300 letters",
                lambda p: put(p.home / "s.yaml", GRID.replace("digits", "d" * 300)), ["sweep", "s.yaml"],
                ("s.yaml", "unknown dataset"))  # fmt: skip
     yield Case("sweep file whose name has 300 letters", lambda p: None, ["sweep", "s" * 300], ("list configs",))
     yield Case("record whose name has 300 letters", lambda p: None, ["show", "r" * 300], ("is not a folder",))
+    yield Case("sweep with an index of a terabyte", lambda p: (
+        sparse(p.home / "i.txt", b"1 2", 1 << 40), put(p.home / "s.yaml", f"{GRID}defenses: {{defense: ft, index: i.txt}}\n")),
+               ["sweep", "s.yaml", "--dry_run"], exits=(0,))  # fmt: skip
+    yield Case("sweep's record leads out", within, ["sweep", "s.yaml"], ("defense", "is a link"))
     yield Case("sweep's log leads out", links, ["sweep", "s.yaml"], exits=(0,), slow=True)
     yield Case("sweep's folder leads out", out, ["sweep", "s.yaml"], (".sweep", "is a link"))
     for key, value in (("result_file", "../../outside"), ("save_folder_name", "../../outside"), ("overwrite", "true")):
@@ -154,6 +177,14 @@ def data_sets() -> Iterator[Case]:
 
         return Case(f"data set {name}", plant, mnist, (file, word))
 
+    cifar = "cifar10/cifar-10-batches-py"
+    for name, make, word in (
+        ("of a terabyte", lambda f: sparse(f, b"\x80\2", 1 << 40), "bytes, more"),
+        ("a pipe", lambda f: os.mkfifo(f), "a pipe"),
+    ):
+        yield Case(f"data set with a pickle that is {name}", lambda p, m=make: (
+            (p.home / "data" / cifar).mkdir(parents=True), m(p.home / "data" / cifar / "data_batch_1")),
+            [*TINY[:2], "--dataset", "cifar10", "--dataset_path", "data", *TINY[4:]], ("data_batch_1", word))  # fmt: skip
     zeros = gzip.compress(bytes(32 << 20), compresslevel=1)
     images, labels = "train-images-idx3-ubyte", b"\0\0\x08\1\x7f\xff\xff\xff"
     yield case("of 6 GB in a small .gz", f"{images}.gz", lambda f: put(f, zeros * 200), "bytes")

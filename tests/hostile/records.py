@@ -140,7 +140,7 @@ def contents() -> Iterator[Case]:
     def first(r: dict[str, Any]) -> dict[str, Any]:
         return samples(r)[min(samples(r))]
 
-    w = "conv1.weight"
+    w, none = "conv1.weight", np.zeros(0, np.int64)
     eye = torch.eye(2)
     for name, change, word in (
         ("sparse", lambda m: m.update({w: eye.to_sparse()}), "sparse"),
@@ -202,12 +202,21 @@ def contents() -> Iterator[Case]:
         yield Case(
             f"record with {name}", changed(change), words=words, slow=name.startswith(("a label", "index", "img"))
         )
+    yield Case("record with an array of nothing, of a size beyond", _vast, words=DAMAGED)
+    yield Case("record that shows no training image", changed(lambda r: r["bd_train"].update(original_index_array=none)),
+               "detect tiny --samples strip --ratio 0.1 --device cpu".split(), ("shows no training images",))  # fmt: skip
     yield Case("an OrderedDict with attributes is opened", changed(lambda r: r.update(model=_with_attributes(r["model"]))),
                exits=(0,), slow=True)  # fmt: skip
     yield Case("an old torch file is opened", changed(lambda r: None, _use_new_zipfile_serialization=False),
                exits=(0,), slow=True)  # fmt: skip
     yield Case("an old torch file with a program", changed(lambda r: r.update(extra=Odd(os.getcwd, ())),
                _use_new_zipfile_serialization=False), words=(RESULT, "asks to run"))  # fmt: skip
+
+
+def _vast(place: Place) -> None:
+    changed(lambda r: r["bd_test"].update(poison_indicator=np.zeros((0, 3, 5))))(place)
+    beyond = b"K\x00" + 2 * pickles.integer(2**61) + b"\x87"
+    pickles.rewritten(place.result, lambda b: b.replace(b"K\x00K\x03K\x05\x87", beyond))
 
 
 def _with_attributes(model: dict[str, Any]) -> OrderedDict[str, Any]:

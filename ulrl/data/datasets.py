@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import socket
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,7 @@ DATASETS = (*SPECS, "folder")
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+LARGEST_CIFAR = 200_000_000  # bytes of the largest file of CIFAR, the archive
 LARGEST_IDX = 16 + 60_000 * 28 * 28  # bytes of the largest file of MNIST and of Fashion-MNIST: header, training images
 
 
@@ -184,6 +186,11 @@ def _cifar(class_name: str, title: str) -> Callable[[Path], tuple[Split, Split]]
         from ulrl.tv import torchvision
 
         cls = getattr(torchvision.datasets, class_name)
+        parts = [name for name, _ in (*cls.train_list, *cls.test_list)] + [cls.meta["filename"]]
+        for file in (folder / cls.filename, *(folder / cls.base_folder / part for part in parts)):
+            if os.path.lexists(file):  # torchvision reads all of it, for its checksum, whatever it is
+                with opened(file, LARGEST_CIFAR):
+                    pass
         try:
             train, test = cls(folder, train=True), cls(folder, train=False)
         except (OSError, RuntimeError):  # torchvision could not read them; found them missing, or a checksum wrong

@@ -165,7 +165,7 @@ def _curves(run: Run) -> list[dict[str, Any]] | None:
         table = read_table(run, "attack_df.csv", {"epoch": "int64"})
         if table is not None:
             names = {"train_epoch_loss_avg_over_batch": "loss", "train_acc": "acc"}
-            table = table.rename(columns=names).assign(stage="train")
+            table = table.drop(columns=[*names.values()], errors="ignore").rename(columns=names).assign(stage="train")
     else:
         table = read_table(run, f"{run.result['method']}_df.csv", {"stage": "str", "epoch": "int64"})
     if table is None or table.empty:
@@ -174,7 +174,7 @@ def _curves(run: Run) -> list[dict[str, Any]] | None:
     columns = [c for c in CURVES if c in table and table[c].dtype.kind == "f"]
     return [
         {"at": i + 1, "stage": str(row["stage"]), "epoch": row["epoch"],
-         **{c: _short(row[c]) for c in columns if abs(row[c]) < float("inf")}}
+         **{c: _short(row[c]) for c in columns if abs(row[c]) < 1e300}}
         for i, row in zip(kept, table.iloc[kept].to_dict("records"), strict=True)
     ]  # fmt: skip
 

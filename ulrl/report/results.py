@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ulrl.data.datasets import SPECS
@@ -21,14 +20,17 @@ LARGEST = 1e15  # of a number: sums of such are numbers still
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and its checked `result.json`. For a defense, `record` is the folder of its record."""
+    """A finished run: its folder and its checked `result.json`. For a defense, `record` is the folder of its record,
+    where it lies in one: what says to be a defense's may lie anywhere.
+    """
 
     folder: Path
     result: dict[str, Any]
 
     @property
     def record(self) -> Path:
-        return self.folder.parent.parent if self.result["kind"] == "defense" else self.folder
+        within = self.result["kind"] == "defense" and self.folder.parent.name == "defense"
+        return self.folder.parent.parent if within else self.folder
 
 
 def find_runs(root: Path) -> tuple[list[Run], list[str]]:
@@ -67,10 +69,15 @@ def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | Non
 
 
 def neurons_of(run: Run) -> pd.DataFrame | None:
-    """The ranking of classes that unlearning gave: index class; columns change, z, flagged."""
+    """The ranking of classes that unlearning gave: index class; columns change, z, flagged, and of Harden excess."""
     types = {"class": "int64", "change": "float64", "z": "float64", "flagged": "bool"}
     table = read_table(run, "neurons.csv", types)
-    if table is None or not table["class"].is_unique or not np.isfinite(table[["change", "z"]]).all(axis=None):
+    if table is not None and "excess" in table:
+        table = read_table(run, "neurons.csv", {**types, "excess": "float64"})
+    if table is None or not table["class"].is_unique:
+        return None
+    figures = table[["change", "z"]].assign(excess=table.get("excess", 0.0))
+    if not (figures.abs() < LARGEST).all(axis=None):
         return None
     return table.set_index("class")
 
@@ -154,6 +161,10 @@ def _checked(file: Path) -> dict[str, Any]:
     _need(
         r.get("took") in (True, False, None) and not _is_number(r.get("took")), "took is neither true, false nor null"
     )
+    if found := r.get("trigger"):
+        figures = [found[figure] for figure in ("class", "cosine", "iou")]
+        _need(all(value is None or _is_number(value) for value in figures), "trigger has what is no number")
+        _fraction(found["turned"])
     for key in ("before", "after", "oracle"):
         if key == "after" or r.get(key) is not None or (key, r["kind"]) == ("before", "defense"):
             for figure in ("acc", "asr", "ra"):

@@ -46,7 +46,8 @@ def result_table(result: dict[str, Any]) -> RenderableType:
         lines.add_row("DER %", _percent(result["der"]))
         lines.add_row("flagged", escape(brief(flagged_text(result["flagged"], result.get("target")))))
         if found := result.get("trigger"):
-            figures = f"cosine {found['cosine']:.2f}, IoU {found['iou']:.2f}, turns {_percent(found['turned'])} %"
+            cosine, iou = ("-" if found[k] is None else f"{found[k]:.2f}" for k in ("cosine", "iou"))
+            figures = f"cosine {cosine}, IoU {iou}, turns {_percent(found['turned'])} %"
             lines.add_row("trigger", f"found for class {found['class']}: {figures}")
     if measured_to_take(result) is False:
         so = ", so this is no evidence" if defended else ""
@@ -121,7 +122,7 @@ def comparison_table(record: str, results: list[dict[str, Any]], found: int) -> 
     runs = frame_of(results)
     before = runs.iloc[:1].assign(
         kind="attack", defense=NO_DEFENSE, settings="", repairs=True, der=math.nan, seconds=math.nan,
-        **results[0]["before"],
+        **{figure: results[0]["before"][figure] for figure in ("acc", "asr", "ra")},
     )  # fmt: skip
     summary = summarise(pd.concat([before, runs])[list(runs.columns)], "defense")
     table = summary_table(summary, f"defenses on {record}")

@@ -78,7 +78,9 @@ def plain(value: Any) -> Any:
     """What JSON can hold of a value, so that no evidence costs a method its run: arrays and tensors as numbers and
     lists, NaN and the infinite as None, keys and all else as texts."""
     match value:
-        case None | bool() | int() | str():
+        case str():  # a path may be no UTF-8, and is then spelled out, as what is written is to be read again
+            return value.encode("utf-8", "backslashreplace").decode()
+        case None | bool() | int():
             return value
         case float():
             return value if math.isfinite(value) else None

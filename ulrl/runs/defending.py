@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from ulrl.record_writer import write_defense_result
 from ulrl.runs.common import (
     EpochJudge,
     log_file,
+    plain,
     stage_seconds,
     timed_judge,
     write_index,
@@ -149,7 +149,7 @@ def run_once(
         with contextlib.suppress(UserError, KeyError, TypeError):  # absent, or not one of ours
             inside = record.folder.resolve()
             result = read_json(folder / "result.json", inside)
-            same = result["options"] == json.loads(json.dumps(result_options(defense, run)))
+            same = result["options"] == plain(result_options(defense, run))
             if same and run.index is not None:  # whose file may list others by now
                 used = read_text(folder / "index.txt", inside=inside)
                 same = used.split() == read_text(find_input(run.index)).split()

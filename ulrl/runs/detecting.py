@@ -104,6 +104,11 @@ def _scores(scored: Any, name: str, count: int) -> torch.Tensor:
 def _searched(train: PoisonedSet, clean: torch.Tensor, run: DetectionRun) -> PoisonedSet:
     """The training images to search, on the CPU: all but the clean samples' own, or a random draw of these."""
     rest = (~torch.isin(train.original_indices, clean)).nonzero().flatten()
+    if not len(rest):
+        raise UserError(
+            "the record shows no training images besides the clean samples, so there is nothing to search; lower "
+            "--ratio, or choose another record"
+        )
     if run.images is not None:
         if run.images > len(rest):
             raise UserError(f"--images {run.images} is more than the {len(rest)} training images that may be searched")

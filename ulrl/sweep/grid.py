@@ -45,6 +45,7 @@ OURS = ("save_folder_name", "overwrite", "result_file")  # options that a sweep 
 WHERE = {*OURS, "device", "dataset_path", "yaml_path", "bd_yaml_path"}
 
 MOST = 100_000  # runs of a sweep
+NAMED = 8192 * MIB  # bytes of a file that a job is named by; a larger one, which may be all holes, takes minutes
 
 Cell = dict[str, Any]  # one choice on each axis
 
@@ -257,7 +258,7 @@ def _content(key: str, value: Any) -> Any:
 def _digest(file: Path, when: int) -> str:
     """when: it was changed last."""
     digest = hashlib.sha256()
-    with opened(file, 1 << 40) as content:
+    with opened(file, NAMED) as content:
         while block := content.read(MIB):
             digest.update(block)
     return digest.hexdigest()

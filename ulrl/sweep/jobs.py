@@ -69,7 +69,11 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return home() / "record" / self.name
+        folder = home() / "record" / self.name
+        for place in (folder.parent, folder) if self.needs else ():
+            if place.is_symlink():  # a downloaded record could lead the writing anywhere
+                raise UserError(f"{place} is a link, and results are written into the record only; remove it")
+        return folder
 
     def done(self) -> bool:
         return (self.folder / RESULT).exists()

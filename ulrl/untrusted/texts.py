@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 YAML = 256 << 10  # bytes; PyYAML reads about 100 KB a second
 DIGITS = 400  # of a number
 COLUMNS = 1000
+DEPTH = 40  # levels of JSON; Python writes and reads some hundreds, fewer within what the page has around them
 STDIN = Path("/dev/stdin")
 
 
@@ -85,7 +86,7 @@ def _piped(stdin: TextIO) -> str:
 
 
 def read_json(file: str | os.PathLike[str], inside: Path | None = None) -> Any:
-    """What a JSON file holds: numbers finite, whole ones below 2^63 in size, all texts fit for UTF-8.
+    """What a JSON file holds: at most DEPTH levels, numbers finite, whole ones below 2^63 in size, texts fit for UTF-8.
 
     Raises:
         UserError: as `read_text`, or not such JSON.
@@ -95,6 +96,7 @@ def read_json(file: str | os.PathLike[str], inside: Path | None = None) -> Any:
             read_text(file, TEXT, inside), parse_constant=_number, parse_float=_number, parse_int=_whole_number
         )
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair cannot be written again
+        _check_depth(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON as it is read here: {error or 'it is nested too deep'}") from None
     return content
@@ -116,6 +118,15 @@ def read_csv(file: str | os.PathLike[str], inside: Path | None = None) -> pd.Dat
     except Exception as error:  # whatever pandas makes of a stranger's text
         raise UserError(f"{file} is not a CSV table: {error}") from None
     raise UserError(f"{file} has more than {COLUMNS} columns; is it another file?")
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(DEPTH + 1):
+        inner = [value for value in level if isinstance(value, (dict, list))]
+        level = [part for value in inner for part in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise ValueError(f"it is nested more than {DEPTH} levels deep")
 
 
 def _number(text: str) -> float:

@@ -105,6 +105,8 @@ class Array:
             raise Refused("damaged", "an array of other things than numbers")
         if not _sizes(shape) or math.prod(shape) * int(dtype.code[1]) != len(raw):
             raise Refused("damaged", "an array whose shape and size differ")
+        if len(shape) > 32 or math.prod(filter(None, shape)) >= 2**59:  # which numpy 1 cannot hold, even of nothing
+            raise Refused("damaged", "an array of a shape beyond numpy's")
         self.code, self.shape, self.raw = dtype.order + dtype.code, shape, raw
 
 
