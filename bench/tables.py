@@ -180,7 +180,7 @@ def words(runs: pd.DataFrame) -> list[str]:
     sentences.append(f"By paired differences over the records (95%), {'; '.join(told)}.")
     took = runs[runs.missed == ""]
     if 0 < took.record.nunique() < runs.record.nunique() and "harden" in set(took.defense):
-        sentences.append(f"On those whose backdoor took ({_order(took)}.")
+        sentences.append(f"On those that meet the bench's bar for victims ({_order(took)}.")
     ours = next((row for row in best if row.defense == "ulrl"), None)
     if ours is not None and ours.Index:
         behind = percent(ours.distance - best[0].distance)

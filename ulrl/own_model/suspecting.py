@@ -87,17 +87,16 @@ def suspect(
 
     - "backdoored" when a flagged class has a reach below 0.25, below 0.4 where its z is above 6, or below 0.55 where it
       is ahead; or when its margin is 2.5 times the next, whatever its reach;
-    - "uncertain" when a class bears two of the signs, has a reach below 0.25 or 2.5 times the next margin; when they
-      were sought in vain:
-      unlearning ended above its goal, a perturbation was found for less than half of the classes searched, or the
-      model has two classes, of which neither can stand out from the other; and, whatever is seen, on fewer than 20
-      images;
+    - "uncertain" when a class bears two of the signs, has a reach below 0.25 or 2.5 times the next margin; when one
+      was sought in vain: unlearning ended above its goal, a perturbation was found for less than half of the classes
+      searched, or the model has two classes, of which neither can stand out from the other; and, whatever is seen, on
+      fewer than 20 images;
     - "no evidence found" otherwise, which is no proof that there is no backdoor;
     - "no verdict", and nothing is searched, when the model's answers agree with the labels hardly more than by
       chance (Cohen's kappa below 0.25: 32% right on ten classes of equal size): then the labels are wrong, or the
       images are not as in its training.
 
-    How often it is right is in docs/verdicts.md, on models that no threshold was set on.
+    How often it is right is in docs/verdicts.md, on models that the thresholds were set on and on others.
 
     Arguments as for `purify`; but `batch_size` is, where it is not given, a quarter of the images, rounded up, and at
     most 128: an epoch of unlearning has four steps, as in the released configuration (500 images, batches of 128).
