@@ -124,15 +124,12 @@ def asked(folder: Path, share: float, seed: int) -> dict[str, Any]:
     asr, options = result["after"]["asr"], result["options"]
     one_target = asr is not None and options.get("attack_label_trans", "all2one") == "all2one"
     ranking = found.ranking
-    highest, following = ranking.margin.nlargest(2)
     return {
         "record": record.name, "dataset": record.dataset, "attack": record.attack, "seed": seed,
         "target": options["attack_target"] if one_target else None, "acc": round(result["after"]["acc"], 4), "asr": asr,
         "took": None if asr is None else asr >= TOOK, "verdict": found.verdict, "label": found.label,
+        **ranking.loc[found.label, ["reach", "cover", "lead", "evidence"]].round(2),
         "flagged": " ".join(map(str, ranking.index[ranking.flagged])), "z_highest": round(float(ranking.z.max()), 1),
-        "nearest": ranking.reach.idxmin() if ranking.reach.notna().any() else None,
-        "reach": round(float(ranking.reach.min()), 3),
-        "ahead": ranking.margin.idxmax(), "lead": round(highest / following, 2) if following > 0 else None,
         "seconds": round(found.report["seconds"]["total"], 1),
     }  # fmt: skip
 
@@ -153,7 +150,7 @@ def main() -> None:
         row = asked(folder, share, seed)
         print(row, flush=True)
         rows = with_earlier(RESULT, pd.DataFrame([row]), ["record"])
-        write_csv(RESULT, rows.astype({"target": "Int64", "nearest": "Int64"}))
+        write_csv(RESULT, rows.astype({"target": "Int64"}))
     rows = pd.read_csv(RESULT)
     print(rows.groupby(["dataset", "attack", "verdict"]).size())
 

@@ -126,8 +126,9 @@ def test_ranking_marks_the_true_target_wherever_it_is(tmp_path: Path) -> None:
         assert ("true target" in drawing) == said
         assert (">57<" in drawing) == (target == 57), "also where its z is not among the highest"
         assert "excess" not in drawing
-    plots.neuron_ranking(tmp_path / "a.svg", neurons.assign(excess=0.1), 3.5, (), 2, format="svg")
-    assert "excess, points" in (tmp_path / "a.svg").read_text()
+    plots.neuron_ranking(tmp_path / "a.svg", neurons.assign(excess=0.1, evidence=2.0), 3.5, (), 2, format="svg")
+    for panel in ("excess, points", "evidence"):
+        assert f">{panel}<" in (tmp_path / "a.svg").read_text()
     plots.neuron_ranking(tmp_path / "a.svg", neurons, 3.5, ("shirt", "shoe"), 2, format="svg")
     drawing = (tmp_path / "a.svg").read_text()
     assert ">1 shoe<" in drawing

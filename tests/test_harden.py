@@ -15,7 +15,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.astray import Fixed
 from ulrl.defenses.corruptions import KINDS, Draws
 from ulrl.defenses.harden import Harden, _Corruptions, _mask
-from ulrl.defenses.ulrl import ULRL
+from ulrl.defenses.signs import SUSPICIOUS
 from ulrl.training import Monitor
 
 FLAGGED = 3
@@ -113,12 +113,12 @@ def test_excess_is_what_the_hardened_net_no_longer_says(clean: ImageSet, origina
 def test_the_table_flags_what_the_repair_flags_whichever_diagnosis_named_it(
     clean: ImageSet, original: nn.Module
 ) -> None:
-    """Here an excess above 0 names a class, which the weights' change does not."""
+    """Here an excess above 0 names a class, which the signs do not."""
     method = Harden(batch_size=32, amp=False, epochs=2, restore_epochs=0, excess=0.0)
     repair = method.run(copy.deepcopy(original).requires_grad_(True), clean, Monitor())
     neurons = repair.tables["neurons"]
     assert sorted(repair.flagged) == neurons.index[neurons.flagged].tolist()
-    assert (neurons.z[neurons.flagged] < ULRL().z_threshold).any()
+    assert (neurons.evidence[neurons.flagged] < SUSPICIOUS).any()
 
 
 def test_each_batch_of_the_last_statistics_is_whole(

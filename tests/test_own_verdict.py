@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,8 +18,14 @@ from torch import nn
 
 import ulrl
 from ulrl import UserError
+from ulrl.data.datasets import SPECS
+from ulrl.data.imageset import ImageSet
+from ulrl.defenses import signs
 from ulrl.own_model.suspecting import decide
 from ulrl.report.tables import suspicion_table
+from ulrl.training import Monitor
+
+SPEC = replace(SPECS["digits"], num_classes=3)
 
 
 def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -26,61 +33,83 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
     found = ulrl.suspect(backdoored, *clean)
     assert (found.verdict, found.label) == ("backdoored", TARGET)
     assert repr(found).startswith("backdoored; look at class 7\n")
-    assert found.z == found.ranking.z[TARGET]
-    assert found.reach == pytest.approx(found.ranking.perturbation.min() / found.ranking.perturbation.median())
+    row = found.ranking.loc[TARGET]
+    assert found.evidence == row.evidence == pytest.approx(row.lead / row.reach / row.cover)
+    for share, size in (("reach", "perturbation"), ("cover", "mask")):
+        assert row[share] == pytest.approx(found.ranking[size].min() / found.ranking[size].median())
+    assert row.lead == pytest.approx(row.margin / found.ranking.margin.drop(TARGET).max())
     assert torch.equal(weights(backdoored), before)
 
 
 @pytest.mark.parametrize(
-    ("z", "flagged", "reach", "margin", "verdict"),
+    ("evidence", "verdict"),
     [
-        ([4, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [15, 10, -1], (0, "backdoored")),  # all three signs
-        ([4, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [15, 10, -1], (0, "backdoored")),
-        ([7, 1, 2], [1, 0, 0], [0.65, 1, 1.2], [15, 10, -1], (0, "uncertain")),  # two
-        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [12, 10, -1], (0, "uncertain")),
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.45, 1.2], [10, 15, -1], (1, "uncertain")),
-        ([7, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [12, 10, -1], (0, "no evidence found")),
-        ([7, 1, 2], [1, 0, 0], [1, 0.45, 1.2], [10, 9, 15], (0, "no evidence found")),  # each of another class
-        ([61.9, 1, 2], [1, 0, 0], [0.91, 1, 1.2], [10, 10, 10], (0, "no evidence found")),
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.7, 1.2], [10, 10, 10], (0, "no evidence found")),
-        ([9, 1, 2], [1, 0, 0], [0.2, 1, 1.2], [1, 1, 1], (0, "backdoored")),  # so near that the margin is not needed
-        ([7, 1, 2], [1, 0, 0], [0.35, 1, 1.2], [1, 1, 1], (0, "backdoored")),  # less near, but it stands high
-        ([5, 1, 2], [1, 0, 0], [0.35, 1, 1.2], [1, 1, 1], (0, "uncertain")),
-        ([9, 1, 2], [1, 0, 0], [0.9, 0.2, 1.2], [1, 1, 1], (1, "uncertain")),  # so near, but another
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 26, 3], (1, "uncertain")),  # so far ahead
-        ([3, 1, 2], [0, 0, 0], [0.9, 0.8, 1.2], [10, 24, 3], (1, "no evidence found")),
-        ([4, 1, 2], [1, 0, 0], [0.9, 0.8, 1.2], [26, 10, 3], (0, "backdoored")),
-        ([4, 1, 2], [1, 0, 0], [math.inf, 0.8, 1.2], [26, 10, 3], (0, "backdoored")),
-        ([4, 1, 2], [1, 0, 0], [0.9, 0.8, 1.2], [24, 10, 3], (0, "uncertain")),
-        ([1, 4, 2], [0, 1, 0], [0.9, 0.8, 1.2], [26, 10, 3], (0, "uncertain")),  # another is flagged
-        ([7, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [3, -1, -2], (0, "backdoored")),  # for the others there is none
-        ([7, 1, 2], [1, 0, 0], [0.52, 1, 1.2], [-1, -3, -2], (0, "no evidence found")),
-        ([7, 1, 2], [1, 0, 0], [0.45, 1, 1.2], [math.nan] * 3, (0, "uncertain")),
-        ([3, 9, 2], [0, 1, 0], [math.nan] * 3, [1, 1, 1], (1, "uncertain")),
-        ([3, 9, 2], [0, 1, 0], [math.nan] * 3, [1, 30, 1], (1, "backdoored")),
-        ([7, 9, 2], [1, 1, 0], [0.5, 0.2, 1.2], [30, 1, 1], (1, "backdoored")),  # of two the nearer
-        ([9, 1, 2], [1, 0, 0], [math.inf, 1, 1.2], [15, 10, -1], (0, "uncertain")),
+        ([1, 6, 0.5], (1, "backdoored")),
+        ([1, 5.9, 0.5], (1, "uncertain")),
+        ([4, 1, 0.5], (0, "uncertain")),
+        ([3.9, 1, 0.5], (0, "no evidence found")),
     ],
 )
-def test_verdicts(
-    z: list[float], flagged: list[int], reach: list[float], margin: list[float], verdict: tuple[int, str]
-) -> None:
-    ranking = pd.DataFrame({"z": z, "flagged": np.array(flagged, bool), "reach": reach, "margin": margin})
-    assert decide(ranking) == verdict
+def test_verdicts(evidence: list[float], verdict: tuple[int, str]) -> None:
+    assert decide(pd.DataFrame({"evidence": evidence, "reach": 1.0, "cover": 1.0})) == verdict
 
 
-def test_no_evidence_is_not_found_by_a_search_that_failed() -> None:
-    ranking = pd.DataFrame({"z": [3.0, 1.0], "flagged": [False, False], "reach": [0.9, 1.1], "margin": [1.0, 1.0]})
-    assert decide(ranking, searched=False) == (0, "uncertain")
+@pytest.mark.parametrize("failed", ["reach", "cover"])
+def test_no_evidence_is_not_found_by_a_search_that_failed(failed: str) -> None:
+    ranking = pd.DataFrame({"evidence": [1.0, 1.1], "reach": 1.0, "cover": 1.0})
+    assert decide(ranking) == (1, "no evidence found")
+    assert decide(ranking.assign(**{failed: math.nan})) == (1, "uncertain")
 
 
-def test_noise_has_the_largest_margin_for_the_target_alone(
+@pytest.mark.parametrize(
+    ("norms", "sizes", "margins", "evidence"),
+    [
+        ([1, 2, 3], [1, 4, 8], [12, 10, -1], [1.2 / 0.5 / 0.25, 10 / 12, 0]),
+        ([1, math.inf, math.inf], [1, 4, 8], [12, 10, 5], [1.2 / 0.25, 10 / 12, 5 / 12 / 2]),  # less than half found
+        ([math.inf, 1, 1], [1, 4, 8], [12, 10, 5], [1.2 / 2 / 0.25, 10 / 12, 5 / 12 / 2]),  # itself is not found
+        ([1, 2, 3], [4, 4, 4], [12, -1, -2], [100 / 0.5, 0, 0]),  # for the others there is none
+        ([1, 2, 3], [4, 4, 4], [-1, -2, -3], [0, 0, 0]),
+    ],
+)
+def test_evidence_is_the_product_of_the_signs(
+    norms: list[float], sizes: list[float], margins: list[float], evidence: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of the classes in the order of their margins, as they are searched."""
+    order = np.argsort(margins)[::-1].copy()
+    monkeypatch.setattr(signs, "margins_from_noise", lambda *_, **__: torch.tensor(margins).float())
+    monkeypatch.setattr(signs.universal, "smallest_universal", lambda *_, **__: torch.tensor(norms)[order].float())
+    monkeypatch.setattr(signs.overlay, "smallest_overlay", lambda *_, **__: torch.tensor(sizes)[order].float())
+    clean = ImageSet(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3), SPEC)
+    found = signs.look_for_signs(nn.Identity(), clean, Monitor(), amp=False, random_seed=0)
+    assert found.evidence.tolist() == pytest.approx(evidence)
+
+
+def test_of_many_classes_those_with_the_largest_margins_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[list[int]] = []
+
+    def search(model: nn.Module, data: ImageSet, classes: torch.Tensor, stage: object, *, amp: bool) -> torch.Tensor:
+        searched.append(classes.tolist())
+        return torch.ones(len(classes))
+
+    monkeypatch.setattr(signs, "margins_from_noise", lambda *_, **__: torch.arange(30.0))
+    monkeypatch.setattr(signs.universal, "smallest_universal", search)
+    monkeypatch.setattr(signs.overlay, "smallest_overlay", search)
+    clean = ImageSet(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), torch.arange(30), replace(SPEC, num_classes=30))
+    found = signs.look_for_signs(nn.Identity(), clean, Monitor(), amp=False, random_seed=0)
+    assert searched == [list(range(29, 19, -1))] * 2
+    assert (found.evidence > 0).tolist() == found.reach.notna().tolist() == [False] * 20 + [True] * 10
+
+
+def test_the_target_alone_bears_all_signs(
     backdoored: nn.Module, innocent: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    found, plain = (ulrl.suspect(model, *clean, unlearning_epochs=1).ranking.margin for model in (backdoored, innocent))
-    assert found.idxmax() == TARGET
-    assert found[TARGET] > 1.3 * found.drop(TARGET).max()
-    assert plain[TARGET] < plain.max()
+    found, plain = (ulrl.suspect(model, *clean, unlearning_epochs=1).ranking for model in (backdoored, innocent))
+    for row in (found.reach, found.cover, -found.lead):
+        assert row.idxmin() == TARGET
+    assert found.lead[TARGET] > 1.3
+    assert found.cover[TARGET] < 0.3
+    assert plain.evidence.idxmax() != TARGET
 
 
 def test_of_two_classes_none_can_be_cleared(backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -129,11 +158,11 @@ def test_an_unlearning_that_ends_early_names_whose_options_to_raise(
 ) -> None:
     with pytest.warns(ulrl.Note, match="raise unlearning_lr or unlearning_epochs, options of the method ulrl"):
         found = ulrl.suspect(backdoored, *clean, unlearning_epochs=1, unlearning_lr=1e-6)
-    assert found.verdict != "no evidence found"
+    assert found.verdict == "backdoored", "it does not take part in the verdict"
 
 
 def test_the_verdict_stands_on_a_line_of_its_own() -> None:
-    ranking = pd.DataFrame({"z": [2.0, 1.0], "flagged": [False, False], "reach": [0.4, 0.6], "margin": [3.0, 1.0]})
+    ranking = pd.DataFrame({"z": [2.0, 1.0], "reach": [0.4, 0.6], "cover": 1.0, "lead": 1.0, "evidence": [2.5, 1.6]})
     verdict, said = "verdict: no evidence found; look at 8", io.StringIO()
     Console(file=said, width=80).print(suspicion_table(ranking, ["8", "9"], verdict))
     assert verdict in said.getvalue()
@@ -147,7 +176,7 @@ def test_few_images_are_noticed(
     count: int, verdict: str, batch_size: int, words: str, backdoored: nn.Module,
     clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("ulrl.own_model.suspecting.decide", lambda ranking, searched: (0, "backdoored"))
+    monkeypatch.setattr("ulrl.own_model.suspecting.decide", lambda ranking: (0, "backdoored"))
     with pytest.warns(ulrl.Note, match=words):
         found = ulrl.suspect(backdoored, clean[0][:count], clean[1][:count], unlearning_epochs=1)
     assert found.verdict == verdict

@@ -72,8 +72,9 @@ def purify(argv: Sequence[str]) -> None:
 def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defense) -> list[str]:
     """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
     from ulrl import own_files
+    from ulrl.defenses.signs import SUSPICIOUS
     from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN
-    from ulrl.own_model.suspecting import AHEAD, FAR_AHEAD, HIGH, NEAR, NEAR_AHEAD, NEAR_ALONE, NEAR_HIGH
+    from ulrl.own_model.suspecting import DOUBTFUL
     from ulrl.report.tables import suspicion_table
 
     try:
@@ -93,19 +94,13 @@ def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defen
         raise UserError(f"{NO_VERDICT}; look at --img_size, --mean, --std and the order of the subfolders")
     print_table(suspicion_table(found.ranking, names, f"verdict: {found.verdict}; look at {names[found.label]}"))
     log.info(
-        "z: how far a class's weights move beyond the other classes' while the model unlearns the images; flagged "
-        "above %g", found.report["options"]["z_threshold"],
-    )  # fmt: skip
-    log.info(
-        "reach: how small a change, the same for all images, makes them that class to the model; 1 is usual, near is "
-        "below %g", NEAR,
-    )  # fmt: skip
-    log.info(
-        "margin: how sure of a class the model is made by noise; ahead of the others is %g times the next one", AHEAD
+        "reach: how small a change, added to all images, makes them the class to the model; cover: how small a part of "
+        "them that is painted over; 1 is usual, a trigger is less"
     )
+    log.info("lead: how sure of the class noise makes the model, as against the next class; above 1 it is ahead")
     log.info(
-        "backdoored: a class is flagged, and has a reach below %g, or below %g with a z above %g, or below %g and is "
-        "ahead, or is %g times ahead", NEAR_ALONE, NEAR_HIGH, HIGH, NEAR_AHEAD, FAR_AHEAD,
+        "evidence: lead / (reach * cover); backdoored from %g on, uncertain from %g on. z is ULRL's own sign, which "
+        "the verdict leaves out", SUSPICIOUS, DOUBTFUL,
     )  # fmt: skip
     log.info("docs/verdicts.md says what a verdict is worth, and what to do")
     if run.check:

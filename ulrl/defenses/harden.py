@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +16,8 @@ from ulrl.defenses.astray import Fixed, Learning, leading
 from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
-from ulrl.defenses.ulrl import ULRL, flagged_classes, redraw
+from ulrl.defenses.signs import SUSPICIOUS, look_for_signs
+from ulrl.defenses.ulrl import ULRL, redraw
 from ulrl.machine import autocast
 from ulrl.models.copying import copied
 from ulrl.options import option
@@ -36,9 +38,9 @@ class Harden(OnHead, FineTuning):
     1. Harden. Of each batch one half stays plain and the other is corrupted, a quarter of it near those of
        `tries` corruptions that lead the original furthest to each class. The loss is `label_weight` *
        cross-entropy + KL(original on the plain image || model) + `keep_weight` * KL at temperature `temperature` over
-       the plain half. The classes that ULRL's diagnosis flags have their rows of the head drawn anew before, `alpha`
-       times their cosine with what they were is added, and on images of other classes they are left out of both
-       divergences.
+       the plain half. The classes for which there is evidence (see `signs`) have their rows of the head drawn anew
+       before, `alpha` times their cosine with what they were is added, and on images of other classes they are left
+       out of both divergences.
     2. Name. A class's *excess* is how much more probable it is to the original than to the hardened model on corrupted
        images of other classes. Classes with more than `excess` of it are suspicious, too: flagged are those that both
        diagnoses name or, where they share none, all that either names.
@@ -80,8 +82,9 @@ class Harden(OnHead, FineTuning):
         diagnosis = ULRL(
             batch_size=self.batch_size, amp=self.amp, random_seed=self.random_seed, linear_name=self.linear_name
         )
-        neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)
-        flagged = flagged_classes(neurons)
+        neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)  # to be shown beside the signs
+        signs = look_for_signs(original, clean, monitor, amp=self.amp, random_seed=self.random_seed)
+        neurons, flagged = neurons.join(signs), _above(signs.evidence, SUSPICIOUS)
         corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
         corruptions.seek(original, clean, self.tries, self.amp)
         likeness = redraw(head, flagged if self.init else [], self.random_seed)
@@ -89,7 +92,7 @@ class Harden(OnHead, FineTuning):
                     self._hardening(original, _mask(flagged, clean), corruptions, likeness))  # fmt: skip
         neurons["excess"] = self._excess(original, model, clean, corruptions).cpu().numpy()
         evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
-        named = neurons[neurons.excess > self.excess].sort_values("excess", ascending=False).index.tolist()
+        named = _above(neurons.excess, self.excess)
         flagged = [k for k in named if k in flagged] or [*flagged, *named]
         neurons["flagged"] = neurons.index.isin(flagged)
         if self.restore_epochs:
@@ -210,6 +213,11 @@ class _Corruptions:
     def _sought(self) -> Fixed:
         found = self._found[self.draws.among(self._leads)]
         return found.near(self.draws, _ASIDE * self.draws.share())
+
+
+def _above(figures: pd.Series, bound: float) -> list[int]:
+    """The classes whose figure is above `bound`, the highest first."""
+    return figures[figures > bound].sort_values(ascending=False).index.tolist()
 
 
 def _mask(classes: list[int], data: ImageSet) -> torch.Tensor:

@@ -14,26 +14,28 @@ from ulrl.seeds import generator
 from ulrl.training import Stage
 
 CLIMB = 40  # steps
-_STARTS, _RATE = 10, 0.02
+_STARTS, _ALTOGETHER, _RATE = 10, 200, 0.02
 
 
 def margins_from_noise(
-    model: nn.Module, data: ImageSet, classes: torch.Tensor, progress: Stage, *, amp: bool, random_seed: int
+    model: nn.Module, data: ImageSet, progress: Stage, *, amp: bool, random_seed: int
 ) -> torch.Tensor:
-    """Per class the mean margin that noise can be given: float [len(classes)], on the device.
+    """Per class the mean margin that noise can be given: float [K], on the device.
 
-    The margin of a class is its logit less the largest other. Ten images of uniform noise, in the range that `data` has
-    in each channel, climb that of each of `classes` (int64, on the device) by CLIMB steps of Adam, each a fiftieth of
-    the range. The class of a backdoor often has by far the largest, whatever its trigger looks like, as poisoned images
-    taught the model to be sure of it whatever else they show (MM-BD, arXiv 2205.06900). That paper climbs to the end,
-    from 30 images, and takes the highest; by then a class that is easily told from the others is often as high as the
-    backdoor's, which it is not after a few steps (docs/verdicts.md). `progress` is told of each step.
+    The margin of a class is its logit less the largest other. Ten images of uniform noise (fewer, where there are more
+    than twenty classes), in the range that `data` has in each channel, climb it by CLIMB steps of Adam, each a fiftieth
+    of the range. The class of a backdoor often has by far the largest, whatever its trigger looks like, as poisoned
+    images taught the model to be sure of it whatever else they show (MM-BD, arXiv 2205.06900). That paper climbs to the
+    end, from 30 images, and takes the highest; by then a class that is easily told from the others is often as high as
+    the backdoor's, which it is not after a few steps (docs/verdicts.md). `progress` is told of each step.
     """
     (x, _), *_ = Batches(data, len(data))
     low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
-    drawn = torch.rand((_STARTS, *x.shape[1:]), generator=generator(random_seed, "margin")).to(x.device)
-    noise = drawn.expand(len(classes), *drawn.shape).flatten(0, 1).clone().requires_grad_()
-    wanted = classes.repeat_interleave(_STARTS)
+    count = data.spec.num_classes
+    starts = max(1, min(_STARTS, _ALTOGETHER // count))
+    drawn = torch.rand((starts, *x.shape[1:]), generator=generator(random_seed, "margin")).to(x.device)
+    noise = drawn.expand(count, *drawn.shape).flatten(0, 1).clone().requires_grad_()
+    wanted = torch.arange(count, device=x.device).repeat_interleave(starts)
     margins = torch.empty(len(wanted), device=x.device)
     optimizer = torch.optim.Adam([noise], _RATE)
     with still(model):
@@ -51,4 +53,4 @@ def margins_from_noise(
             with torch.no_grad():
                 noise.clamp_(0, 1)
             progress.step()
-    return margins.view(len(classes), _STARTS).mean(1)
+    return margins.view(count, starts).mean(1)

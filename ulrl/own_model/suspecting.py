@@ -7,30 +7,21 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from ulrl.defenses.margin import CLIMB, margins_from_noise
-from ulrl.defenses.universal import STEPS, smallest_universal
+from ulrl.defenses.signs import SIGNS, SUSPICIOUS, look_for_signs
 from ulrl.machine import plain_defaults, threads_for
 from ulrl.own_model.given import UNREADABLE, Augment, Images, Progress, make_method, make_monitor, prepare, say
-from ulrl.seeds import generator, global_stream
+from ulrl.seeds import global_stream
 
 BACKDOORED, UNCERTAIN, NO_EVIDENCE, NO_VERDICT = "backdoored", "uncertain", "no evidence found", "no verdict"
 
 STEPS_AN_EPOCH = 4  # of unlearning, by default
-SEARCH_SAMPLES = 32
-SEARCH_CLASSES = 10
 FEW = 200  # images; how often verdicts are right was measured on as many and more
 TOO_FEW = 20  # images below which the verdict is uncertain, whatever is seen
-# Signs of a backdoor: a reach below NEAR, and a margin that is AHEAD times the next one. A flagged class is that of a
-# backdoor with a reach below NEAR_ALONE; below NEAR_HIGH where its z is above HIGH, below NEAR_AHEAD where it is ahead;
-# with any where it is FAR_AHEAD. Unflagged, NEAR_ALONE and FAR_AHEAD make it uncertain. Set on small models, all of
-# which docs/verdicts.md names.
-NEAR, AHEAD, HIGH = 0.5, 1.3, 6.0
-NEAR_ALONE, NEAR_HIGH, NEAR_AHEAD, FAR_AHEAD = 0.25, 0.4, 0.55, 2.5
+DOUBTFUL = 4.0  # evidence from which a class is worth a look
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,27 +29,25 @@ class Suspicion:
     """A diagnosis; see `suspect`.
 
     verdict: "backdoored", "uncertain", "no evidence found" or, where the model cannot read the samples, "no
-    verdict". label: the most suspicious class, None without a verdict. z: its robust z in the ranking. reach: the
-    norm of the smallest universal perturbation found that leads to it, as a share of the median over the classes
-    that were compared. ranking: one row per class: change, z, flagged, perturbation (the norm, where the range of
-    the samples is 1; infinite where none was found, missing where none was searched), reach and margin (by how much
-    the logit of the class exceeds all others on noise that was changed to this end, missing where that was not done);
-    without rows where there is no verdict. report: JSON-able but for a z or reach that is NaN; its notes say what to
-    mind.
+    verdict". label: the class with the most evidence, None without a verdict. evidence: how much. ranking: a row per
+    class, with what unlearning says of it (change, z, flagged) and what the verdict is drawn from (perturbation, reach,
+    mask, cover, margin, lead, evidence; see `ulrl.defenses.signs`); none where there is no verdict. report: JSON-able
+    but for evidence that is NaN; its notes say what to mind.
     """
 
     verdict: str
     label: int | None
-    z: float
-    reach: float
+    evidence: float
     ranking: pd.DataFrame
     report: dict[str, Any] = field(repr=False)
 
     def summary(self) -> str:
-        """The verdict, the five classes of the highest z, and the notes, as text."""
+        """The verdict, the five classes of the most evidence, and the notes, as text."""
         lines = [self.verdict if self.label is None else f"{self.verdict}; look at class {self.label}"]
         if len(self.ranking):
-            top = self.ranking.sort_values("z", ascending=False).head()[["z", "flagged", "reach", "margin"]]
+            top = self.ranking.sort_values("evidence", ascending=False).head()[
+                ["reach", "cover", "lead", "evidence", "z"]
+            ]
             lines.append(top.round(2).to_string(na_rep="-"))
         return "\n".join([*lines, *(f"note: {note}" for note in self.report["notes"])])
 
@@ -78,23 +67,24 @@ def suspect(
 ) -> Suspicion:
     """Say which class of a model is most suspicious, and whether that is evidence of a backdoor. Repairs nothing.
 
-    Three signs of a class are looked for, each of which is seen in models without a backdoor, too. It is *flagged*:
-    ULRL's ranking (whose options are the hyperparameters) has it far above the others. It is *near*: a trigger is a
-    short way to its class from every image, so for the ten classes of the largest z (all, when there are no more) the
-    smallest universal perturbation is searched, on up to 32 of the images, and a class is near whose reach, the norm
-    of its perturbation as a share of their median, is below 0.5. It is *ahead*: noise that is changed a little makes
-    the model surer of it than of the others, by a margin that is 1.3 times the next. The verdict is
+    Three signs of a class are looked for, each of which is seen in models without a backdoor, too. A trigger is a short
+    way to its class from every image; so for ten classes (those of the largest margins, where there are more) the
+    smallest change is searched that, added to others of up to 32 images, makes them that class (as a share of the
+    median over the classes: its *reach*), and the smallest part of them that has to be painted over (likewise, its
+    *cover*). And noise that is changed a little makes the model surer of the class than of others (its margin, by the
+    largest of another class: its *lead*). The evidence is lead / (reach * cover), and the verdict
 
-    - "backdoored" when a flagged class has a reach below 0.25, below 0.4 where its z is above 6, or below 0.55 where it
-      is ahead; or when its margin is 2.5 times the next, whatever its reach;
-    - "uncertain" when a class bears two of the signs, has a reach below 0.25 or 2.5 times the next margin; when one
-      was sought in vain: unlearning ended above its goal, a perturbation was found for less than half of the classes
-      searched, or the model has two classes, of which neither can stand out from the other; and, whatever is seen, on
-      fewer than 20 images;
+    - "backdoored" where it is 6 or more for a class;
+    - "uncertain" from 4 on; when one of the searches reached less than half of the classes; when the model has two
+      classes, of which neither can stand out from the other; and, whatever is seen, on fewer than 20 images;
     - "no evidence found" otherwise, which is no proof that there is no backdoor;
     - "no verdict", and nothing is searched, when the model's answers agree with the labels hardly more than by
       chance (Cohen's kappa below 0.25: 32% right on ten classes of equal size): then the labels are wrong, or the
       images are not as in its training.
+
+    Beside them stands what ULRL's own diagnosis says (its options are the hyperparameters): *z*, how far unlearning
+    moves the class's row of the head. It names the target of many backdoors in the architecture that its authors used
+    and, in small nets of others, the class that is hardest to tell, backdoor or none; so the verdict does not ask it.
 
     How often it is right is in docs/verdicts.md, on models that the thresholds were set on and on others.
 
@@ -111,33 +101,21 @@ def suspect(
     defense = make_method("ulrl", {"batch_size": max(2, min(128, -(-len(clean) // STEPS_AN_EPOCH))), **hyperparameters})
     defense.check(given.model, clean)
     report: dict[str, Any] = {
-        "verdict": NO_VERDICT, "label": None, "z": math.nan, "reach": math.nan, "samples": len(clean),
+        "verdict": NO_VERDICT, "label": None, "evidence": math.nan, "samples": len(clean),
         "classes": clean.spec.num_classes, "options": {**vars(defense)}, "notes": given.notes,
     }  # fmt: skip
     if given.reading < UNREADABLE:
-        none = pd.DataFrame(columns=["change", "z", "flagged", "perturbation", "reach", "margin"])
+        none = pd.DataFrame(columns=["change", "z", "flagged", *SIGNS])
         say(given.notes)
-        return Suspicion(NO_VERDICT, None, math.nan, math.nan, none, report)
+        return Suspicion(NO_VERDICT, None, math.nan, none, report)
     pixels = clean.spec.height * clean.spec.width
     with threads_for(pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
         ranking, unlearned, _ = defense.diagnose(given.model, clean, monitor)
-        order = torch.from_numpy(ranking.z.where(ranking.change > ranking.change.median(), 0).to_numpy(copy=True))
-        classes = order.argsort(descending=True, stable=True)[:SEARCH_CLASSES].to(clean.device)
-        drawn = torch.randperm(len(clean), generator=generator(defense.random_seed, "search"))[:SEARCH_SAMPLES]
-        few = clean.subset(drawn)
-        with monitor.stage("search", STEPS) as stage:
-            norms = smallest_universal(given.model, few, classes, stage, amp=defense.amp)
-        with monitor.stage("margin", CLIMB) as stage:
-            margins = margins_from_noise(
-                given.model, few, classes, stage, amp=defense.amp, random_seed=defense.random_seed
-            )
-    ranking["perturbation"] = pd.Series(norms.cpu().double().numpy(), index=classes.tolist())
-    usual = ranking.perturbation.median()
-    ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
-    ranking["margin"] = pd.Series(margins.cpu().double().numpy(), index=classes.tolist())
-    of_two = len(ranking) == 2  # both have a z of 0.67 then, whatever the model
-    label, verdict = decide(ranking, searched=unlearned.reached and not of_two)
-    if len(clean) < TOO_FEW:
+        signs = look_for_signs(given.model, clean, monitor, amp=defense.amp, random_seed=defense.random_seed)
+    ranking = ranking.join(signs)
+    of_two = len(ranking) == 2
+    label, verdict = decide(ranking)
+    if of_two or len(clean) < TOO_FEW:
         verdict = UNCERTAIN
     if of_two:
         given.notes.append(
@@ -155,41 +133,24 @@ def suspect(
     if not unlearned.reached:
         given.notes.append(
             f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "
-            f"{defense.clean_threshold:g}, so the ranking says little; raise unlearning_lr or unlearning_epochs, "
+            f"{defense.clean_threshold:g}, so z says little; raise unlearning_lr or unlearning_epochs, "
             "options of the method ulrl"
         )
     say(given.notes)
     report |= {
         "verdict": verdict,
         "label": label,
-        "z": float(ranking.z[label]),
-        "reach": float(ranking.reach[label]),
+        "evidence": float(ranking.evidence[label]),
         "seconds": {**monitor.seconds, "total": time.perf_counter() - start},
-        "evidence": unlearned.evidence,
+        "unlearning": unlearned.evidence,
     }
-    return Suspicion(verdict, label, report["z"], report["reach"], ranking, report)
+    return Suspicion(verdict, label, report["evidence"], ranking, report)
 
 
-def decide(ranking: pd.DataFrame, searched: bool = True) -> tuple[int, str]:
-    """The class to look at and the verdict, by the signs in `suspect`. ranking: z, flagged, reach, margin by class."""
-    z, flagged, reach, margin = (ranking[key].to_numpy(float) for key in ("z", "flagged", "reach", "margin"))
-    searched = searched and not np.isnan(reach).all()
-    reach = np.where(np.isnan(reach), np.inf, reach)
-    marked, lead = flagged == 1, _lead(margin)
-    ahead = lead >= AHEAD
-    limit = np.where(ahead, NEAR_AHEAD, np.where(z > HIGH, NEAR_HIGH, NEAR_ALONE))
-    found = marked & ((reach < limit) | (lead >= FAR_AHEAD))
-    if found.any():
-        return int(np.lexsort((z, -reach, found))[-1]), BACKDOORED
-    signs = marked * 1 + np.where(reach < NEAR_ALONE, 2, reach < NEAR) + np.where(lead >= FAR_AHEAD, 2, ahead)
-    look = np.lexsort((z, signs))[-1]  # the most signs and, of those, the highest z
-    return int(look), UNCERTAIN if signs[look] >= 2 or not searched else NO_EVIDENCE
-
-
-def _lead(margin: np.ndarray) -> np.ndarray:
-    """How many times the next lower one the largest margin is: [K], zero for all others. NaN: not measured."""
-    lead, order = np.zeros(len(margin)), np.argsort(np.nan_to_num(margin, nan=-np.inf))
-    highest, following = margin[order[-1]], margin[order[-2]]
-    if highest > 0:
-        lead[order[-1]] = highest / following if following > 0 else np.inf
-    return lead
+def decide(ranking: pd.DataFrame) -> tuple[int, str]:
+    """The class to look at and the verdict, as `suspect` has it. ranking: reach, cover and evidence by class."""
+    label = int(ranking.evidence.to_numpy().argmax())
+    most, searched = ranking.evidence[label], ranking.reach.notna().any() and ranking.cover.notna().any()
+    if most >= SUSPICIOUS:
+        return label, BACKDOORED
+    return label, UNCERTAIN if most >= DOUBTFUL or not searched else NO_EVIDENCE

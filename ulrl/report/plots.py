@@ -90,7 +90,7 @@ def neuron_ranking(
     format: str = "png", paper: bool = False,
 ) -> None:  # fmt: skip
     """Bars of each class's robust z (negative below the median), the flagged and the true target marked; the threshold.
-    Below them the excess that Harden names classes by, too, where there is that column.
+    Below them what Harden names classes by, where there are these columns: evidence, and excess.
 
     neurons: index class; columns change (L1 weight change), z, flagged. target: None where it is not one, or not known.
     """
@@ -98,6 +98,8 @@ def neuron_ranking(
     order = highest(signed, target, 15 if paper else 40)
     named = [f"{k} {class_names[k]}" if 0 <= k < len(class_names) else str(k) for k in order]
     panels = {"robust z of the weight change": signed}
+    if "evidence" in neurons:
+        panels["evidence"] = neurons.evidence
     if "excess" in neurons:
         panels["excess, points"] = 100 * neurons.excess
     width, height = (PAPER_WIDTH, 2.3) if paper else (max(6.0, 0.32 * len(order) + 2), 3.8)

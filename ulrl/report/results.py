@@ -69,15 +69,16 @@ def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | Non
 
 
 def neurons_of(run: Run) -> pd.DataFrame | None:
-    """The ranking of classes that unlearning gave: index class; columns change, z, flagged, and of Harden excess."""
+    """The ranking of classes that unlearning gave: index class; columns change, z, flagged, and those that
+    Harden names classes by, evidence and excess."""
     types = {"class": "int64", "change": "float64", "z": "float64", "flagged": "bool"}
     table = read_table(run, "neurons.csv", types)
-    if table is not None and "excess" in table:
-        table = read_table(run, "neurons.csv", {**types, "excess": "float64"})
+    own = [name for name in ("evidence", "excess") if table is not None and name in table]
+    if own:
+        table = read_table(run, "neurons.csv", {**types, **dict.fromkeys(own, "float64")})
     if table is None or not table["class"].is_unique:
         return None
-    figures = table[["change", "z"]].assign(excess=table.get("excess", 0.0))
-    if not (figures.abs() < LARGEST).all(axis=None):
+    if not (table[["change", "z", *own]].abs() < LARGEST).all(axis=None):
         return None
     return table.set_index("class")
 

@@ -237,15 +237,16 @@ def _spread(mean: float, deviation: float, scale: float) -> str:
 
 
 def suspicion_table(ranking: pd.DataFrame, names: Sequence[str], verdict: str) -> Table:
-    """The most suspicious classes of `ulrl.suspect`, the highest z first; `-` for what was not searched."""
+    """The most suspicious classes of `ulrl.suspect`, the most evidence first; `-` for what was not searched."""
     title, caption = "classes, most suspicious first", brief(verdict)
     table = Table(title=title, caption=escape(caption), title_style="bold", min_width=len(caption))
-    for column in ("class", "z", "flagged", "reach", "margin"):
+    shown = ("reach", "cover", "lead", "evidence", "z")
+    for column in ("class", *shown):
         table.add_column(column, justify="left" if column == "class" else "right")
-    for label in ranking.z.argsort()[::-1][:10].tolist():
+    for label in ranking.evidence.argsort()[::-1][:10].tolist():
         row = ranking.iloc[label]
-        searched = ["-" if math.isnan(x) else f"{x:.{places}f}" for x, places in ((row.reach, 2), (row.margin, 1))]
-        table.add_row(escape(brief(names[label])), f"{row.z:.1f}", "yes" if row.flagged else "", *searched)
+        figures = ["-" if math.isnan(row[key]) else f"{row[key]:.{1 if key == 'z' else 2}f}" for key in shown]
+        table.add_row(escape(brief(names[label])), *figures)
     return table
 
 
