@@ -1,4 +1,4 @@
-"""The pictures of bench.quality's and bench.valley's figures, in docs/."""
+"""The pictures of bench.successor's and bench.valley's figures, in docs/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = ("ulrl", "d3", "harden")  # the released method, the next best, and its 
 def sight(runs: pd.DataFrame) -> Figure:
     """ASR and RA on each record: as the victim has it, after some repairs, beside the clean nets' own.
 
-    runs: of bench.quality, of one share of clean images; the mean over subsets is shown.
+    runs: as of bench.quality, of one share of clean images; the mean over them is shown.
     """
     records = runs[runs.defense == "harden"].sort_values("clean_ra").record.unique()
     names = runs.drop_duplicates("record").set_index("record").attack.loc[records]

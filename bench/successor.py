@@ -7,7 +7,8 @@ bench.many_classes' data); a share of the clean training images per seed. Judged
 beside the clean nets of the same architecture, width and data. Each run leaves a file in $ULRL_HOME/successor/, so a
 stopped one goes on where it was and several may work side by side; Harden's and ULRL's are taken from bench.quality
 where it has made them.
-bench/results/successor.csv is made of both and of what it held, and from it the tables in docs/method.md and README.md.
+bench/results/successor.csv is made of both and of what it held, and from it the tables in docs/method.md and README.md,
+and docs/sight.png, which shows D3 as bench.quality measured it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 from bench.jobs import Bench
 from bench.pages import RESULTS, interval, percent, with_earlier, write_block, write_csv
+from bench.pictures import save, sight
 from bench.quality import folder
 from bench.tables import gather
 from bench.victims import jobs_of
@@ -177,13 +179,11 @@ def _met(excess: pd.Series, words: str, allowed: float) -> str:
     return f"{words}: {met} ({mean:+.1f} in the mean, {excess.max():+.1f} at worst, {excess.idxmax()})"
 
 
-def front(runs: pd.DataFrame) -> Iterator[str]:
-    """For the project's front page: a line per record that both methods repaired, ASR / RA / change of ACC.
+def shown(runs: pd.DataFrame) -> Iterator[tuple[str, list[pd.DataFrame], str]]:
+    """Each record that both methods repaired, its runs of ULRL and of Harden that are shown, and a mark.
 
-    Of the net that Harden repaired first; where ULRL repaired others by the same recipe alone, ‡.
+    Those of the net that Harden repaired first; where ULRL repaired others by the same recipe alone, ‡.
     """
-    yield "| attack | a clean net | none | ULRL | Harden |"
-    yield "|---|---|---|---|---|"
     runs = runs[_of_the_goal(runs)]
     cells = {key: cell for key, cell in runs.groupby(["record", "variant"])}
     for record in dict.fromkeys(runs.sort_values("attack", kind="stable").record):
@@ -192,8 +192,15 @@ def front(runs: pd.DataFrame) -> Iterator[str]:
             continue
         first = both[1].iloc[0]
         same = [cell[(cell.acc_before == first.acc_before) & cell.asr_before.isin([first.asr_before])] for cell in both]
-        mark = "" if len(same[0]) else " ‡"
-        both, own = [same[0] if len(same[0]) else both[0], same[1]], same[1]
+        yield record, [same[0] if len(same[0]) else both[0], same[1]], "" if len(same[0]) else " ‡"
+
+
+def front(runs: pd.DataFrame) -> Iterator[str]:
+    """For the project's front page: a line for each record that is shown, ASR / RA / change of ACC."""
+    yield "| attack | a clean net | none | ULRL | Harden |"
+    yield "|---|---|---|---|---|"
+    for record, both, mark in shown(runs):
+        own = both[1]
         changes = [f"{100 * (cell.acc - cell.acc_before).mean():+.1f}" for cell in both]
         if own.asr.isna().all():
             yield f"| {_label(record)} | | | {changes[0]}{mark} | {changes[1]} |"
@@ -201,6 +208,18 @@ def front(runs: pd.DataFrame) -> Iterator[str]:
         figures = [f"{_percents(cell, 'asr', 'ra')} / {change}" for cell, change in zip(both, changes, strict=True)]
         reach, before = _percents(own, "clean_asr", "clean_ra"), percent(own.asr_before.mean())
         yield f"| {_label(record)} | {reach} | {before} | {figures[0]}{mark} | {figures[1]} |"
+
+
+def pictured(runs: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """For docs/sight.png: bench.quality's runs on its victims, but those of ULRL and Harden that the front page has."""
+    quality = quality[(quality.ratio == RATIO) & quality.distance.notna()]
+    ours = [
+        cell.rename(columns={"variant": "defense"})
+        for record, both, _ in shown(runs)
+        for cell in both
+        if record in set(quality.record)
+    ]
+    return pd.concat([quality[~quality.defense.isin(SHARED)], *ours], ignore_index=True)
 
 
 def _percents(cell: pd.DataFrame, *keys: str) -> str:
@@ -257,6 +276,7 @@ def report() -> None:
     write_block("successor", list(table(runs[mine])), PAGE)
     write_block("elsewhere", list(table(runs[~mine])), PAGE)
     write_block("results", list(front(runs)), FRONT)
+    save(sight(pictured(runs, pd.read_csv(RESULTS / "quality_cpu.csv"))), "sight.png")
 
 
 if __name__ == "__main__":

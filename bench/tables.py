@@ -13,7 +13,6 @@ import pandas as pd
 
 from bench.pages import FOLDER as BENCH
 from bench.pages import RESULTS, cell, interval, percent, with_earlier, write_block, write_csv
-from bench.pictures import save, sight
 from bench.victims import rate_of, took_of, victim_of
 from ulrl.defenses.base import DEFENSES
 from ulrl.sweep.jobs import AttackJob
@@ -153,7 +152,6 @@ def report(profile: str, frame: pd.DataFrame) -> None:
     ranks = ranking(runs)
     if profile == "cpu" and ranks.ranked.sum() > 1 and ranks[ranks.ranked].records.min() >= FEWEST:
         write_block("ranking", [*words(runs), "", *_ranks(runs)], PAGES / "docs" / "results.md")
-        save(sight(runs), "sight.png")
 
 
 def words(runs: pd.DataFrame) -> list[str]:

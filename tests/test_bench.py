@@ -22,7 +22,7 @@ from bench.pictures import sight
 from bench.quality import all_defenses, folder, repair_job
 from bench.reactivation import EPS, Material, retune, shifted, universal
 from bench.release_agreement import lines, whole
-from bench.successor import COLUMNS, PREFIX, RATIO, front, goal, table
+from bench.successor import COLUMNS, PREFIX, RATIO, front, goal, pictured, table
 from bench.tables import (
     FOLDER,
     _marks,
@@ -197,6 +197,11 @@ def test_the_front_page_shows_what_both_methods_repaired() -> None:
     assert apart[-1] == "| lf | 10.0 / 90.0 | 100.0 | 90.0 / 90.0 / -41.0 ‡ | 20.0 / 20.0 / -1.0 |"
     assert lines[2:] == ["| clean | | | -10.0 | -1.0 |",
                          "| lf | 10.0 / 90.0 | 100.0 | 20.0 / 20.0 / -10.0 | 20.0 / 20.0 / -1.0 |"]  # fmt: skip
+    # The picture has what the front page has, all seeds of it, and of another defense what the other bench found.
+    more = [*both, other, both[1] | {"asr": 0.4}]
+    found = [run("lf", name, 0.7, 0.8) | {"distance": 0.0, "defense": name} for name in ("harden", "ulrl", "d3")]
+    seen = pictured(pd.DataFrame(more), pd.DataFrame(found).drop(columns="variant")).groupby("defense").asr
+    assert {name: list(asr) for name, asr in seen} == {"d3": [0.7], "harden": [0.2, 0.4], "ulrl": [0.2]}
 
 
 def test_what_is_met_of_the_goal_is_counted_over_records_of_unequal_seeds() -> None:

@@ -68,6 +68,8 @@ def test_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
         (["purfy"], "did you mean 'purify'?"),
         (["lisst"], "did you mean 'list'?"),
         (["defense", "ulrrl"], "did you mean 'ulrl'?"),
+        (["defense", "dbd"], "unknown defense 'dbd'; known: abl, anp"),
+        (["defense", "nab"], "unknown defense 'nab'; known: abl, anp"),
         (["defense", "FT-SAM"], "did you mean 'ft-sam'?"),
         (["defense", "spectral"], "try ulrl detect RECORD --samples spectral"),
         (["detect", "x", "--samples", "anp"], "try ulrl defense anp"),

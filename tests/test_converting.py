@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from manners import refused
 
+from ulrl.cli import main
 from ulrl.converting import ConvertOptions, convert, inspect_file
 from ulrl.data.imageset import DatasetSpec
 from ulrl.record import Record, load_record
@@ -136,6 +137,17 @@ def test_of_a_record_nothing_outside_is_looked_into(record: Record, tmp_path: Pa
     (record.folder / PICKLE).rename(tmp_path / "secret.pt")
     (record.folder / PICKLE).symlink_to(tmp_path / "secret.pt")
     refused(lambda: inspect_file(record.folder), PICKLE, "leads out")
+
+
+def test_inspect_says_its_verdict_once(record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "whole.pt")
+    for file, code in ((record.folder, 0), (tmp_path / "whole.pt", 2)):
+        with pytest.raises(SystemExit) as left:
+            main(["inspect", str(file)])
+        said = capsys.readouterr()
+        assert left.value.code == code
+        assert (said.out + said.err).count("verdict: ") == 1
+        assert ("verdict: not safe to open" in said.err) == (code == 2)
 
 
 def test_what_is_in_a_file_is_told_without_opening_it(record: Record, tmp_path: Path) -> None:

@@ -122,6 +122,9 @@ def test_scale_up_counts_the_scales_that_keep_the_class() -> None:
     scores = DETECTORS["scale-up"]().score(Bright(), flat(0, 30, 60, 255), clean, Monitor()).scores
     assert scores[:3].tolist() == pytest.approx([(share - 0.6) / 0.46188 for share in (1.0, 0.4, 0.2)], rel=1e-3)
     assert scores[3] > 0
+    large = DETECTORS["scale-up"](scales=(129, 255, 2**40))  # 129 times white is more than 16 bits hold
+    scores = large.score(Bright(), flat(0, 3, 255), flat(0, 0, 3, 3), Monitor()).scores
+    assert scores.tolist() == pytest.approx([share / 0.57735 for share in (0.5, -0.5, 0.5)], rel=1e-3)
 
 
 def test_ranking_judgement_against_hand_worked_figures() -> None:
@@ -160,6 +163,7 @@ def test_command_prints_a_table_and_replaces_nothing_unasked(
         (["--samples", "strip", "--result_file", "other"], "--result_file would have no effect"),
         (["--samples", "strip,rnp", "--save_folder_name", "x"], "each of several detectors has its own"),
         (["--samples", "strip", "--model", "vgg19"], "contradicts the record tiny"),
+        (["--samples", "scale-up", "--scales", "3,0"], "--scales 3 0: give factors of at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -500,6 +500,10 @@ def test_from_attack_to_defense(empty_home: Path, tmp_path: Path, capsys: pytest
         code, said = command(defense_main, "ulrl", repair, capsys)
         assert code == 2
         assert said.splitlines()[-1].endswith("is of your own folder of images; name it with --dataset_path")
+        with pytest.raises(SystemExit) as left:
+            main(figure)
+        assert left.value.code == 2
+        assert capsys.readouterr().err.endswith("is of your own folder of images; name it with --dataset_path\n")
 
     larger = attack.replace("--img_size 16", "--img_size 24").split()
     code, said = command(attack_main, "lf", [*larger, "--clean_model", "mine"], capsys)

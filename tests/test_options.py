@@ -37,7 +37,6 @@ CONFIG = ROOT / "config"
 
 @dataclass(frozen=True)
 class Toy:
-    ignored: ClassVar[frozenset[str]] = IGNORED
     epochs: int = option(3, "how often", low=1, high=50)
     lr: float = option(0.1, "how fast", low=0)
     amp: bool = option(True, "whether")
@@ -52,6 +51,7 @@ class Toy:
 
 @dataclass(frozen=True)
 class Other:
+    ignored: ClassVar[frozenset[str]] = IGNORED  # but for what is an option of the toy
     epochs: int = option(5, "how often, for another")
     alpha: float = option(0.5, "how much")
 
@@ -269,14 +269,14 @@ def test_none_can_be_written_for_what_may_be_none(from_yaml: Callable[[str], dic
 
 
 def test_keys_of_backdoorbench_are_accepted_and_reported(from_yaml: Callable[[str], dict[str, Any]]) -> None:
-    keys = sorted(IGNORED)
+    keys = sorted(IGNORED - set(TOY.fields))
     assert {"num_workers", "pin_memory", "non_blocking", "prefetch", "frequency_save", "steplr_stepsize"} <= set(keys)
     given_yaml = from_yaml("".join(f"{key}: 4\n" for key in keys))
     given_flags = flags(*(word for key in keys for word in (f"--{key}", "4")), "--epochs", "9", "--prefetch")
     for layer in (given_yaml, given_flags):
         merged, ignored = TOY.merge(("somewhere", layer))
         assert ignored == keys
-        assert not set(merged.values) & IGNORED
+        assert not set(merged.values) & set(keys)
     assert given_flags["epochs"] == 9
     short = flags("-n", "4", "-pm", "True", "-nb", "-pf", "False", "--epochs", "9")
     assert short == {"num_workers": "4", "pin_memory": "True", "non_blocking": None, "prefetch": "False", "epochs": 9}
@@ -591,6 +591,54 @@ def test_every_key_of_backdoorbench_is_an_option_or_ignored(name: str) -> None:
     schema = Schema(AttackRun, ATTACKS[name], TrainOptions)
     keys = {*PEER_KEYS[name].split(), "attack", "attack_label_trans", "attack_target", "pratio"}
     assert keys <= set(schema.fields) | schema.ignored
+
+
+# Of its scripts' own flags, those that its YAML files do not have too.
+PEER_FLAGS = {"ft-sam": "rho adaptive print_freq"}
+
+
+@pytest.mark.parametrize("name", list(DEFENSES))
+def test_the_flags_of_every_script_of_backdoorbench_are_options_or_ignored(name: str) -> None:
+    schema = Schema(DefenseRun, DEFENSES[name])
+    keys = {*PEER_FLAGS.get(name, "").split(), "steplr_stepsize", "steplr_gamma", "steplr_milestones"}
+    assert keys <= set(schema.fields) | schema.ignored
+
+
+@pytest.mark.parametrize("name", list(DETECTORS))
+def test_a_detector_takes_the_steps_of_a_learning_rate(name: str) -> None:
+    schema = Schema(DetectionRun, DETECTORS[name])
+    assert {"steplr_gamma", "steplr_milestones"} <= set(schema.fields) | schema.ignored
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "given", "told"),
+    [
+        ("attack", "lira", {"pratio": 0.05, "epochs": 3}, "lira, which poisons no training image for good: pratio"),
+        ("attack", "blind", {"p_num": 9}, "blind, which poisons no training image for good: p_num"),
+        ("attack", "prototype", {"pratio": 0.1}, "prototype, which poisons no training image for good: pratio"),
+        ("attack", "prototype", {"p_num": None}, None),
+        ("attack", "wanet", {"pratio": 0.1}, None),
+        ("attack", "badnet", {"pratio": 0.1}, None),
+        ("defense", "abl", {"ratio": 0.05}, "abl, which is given the poisoned training set: ratio"),
+        ("defense", "cbd", {"ratio": 0.1, "index": "a"}, "cbd, which is given the poisoned training set: ratio, index"),
+        ("defense", "abl", {"index": None}, None),
+        ("defense", "ft", {"ratio": 0.05}, None),
+    ],
+)
+def test_what_a_method_has_no_use_for_is_told_where_it_was_said(
+    kind: str, name: str, given: dict[str, Any], told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def configure(given: dict[str, Any], quiet: bool = False) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", "ulrl"):
+            if kind == "attack":
+                configure_attack(name, given, AttackRun, quiet=quiet)
+            else:
+                configure_defense(name, given, "digits", "preactresnet18", quiet=quiet)
+        return [line for line in caplog.messages if "without an effect" in line]
+
+    assert configure(given) == ([f"without an effect on {told}"] if told else [])
+    assert configure({}) == configure(given, quiet=True) == [], "the defaults, and a sweep"
 
 
 def test_what_backdoorbench_gives_rnp_in_vain_has_no_effect_here() -> None:

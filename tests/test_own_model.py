@@ -27,8 +27,18 @@ from ulrl.data.imageset import InputSet
 from ulrl.defenses.base import DEFENSES, Repair
 from ulrl.models.head import find_head
 from ulrl.options import Schema
-from ulrl.own_model.given import prepare
+from ulrl.own_model.given import prepare, working_copy
 from ulrl.training import predict
+
+
+def test_a_torchscript_program_is_refused_before_torch_warns_of_it() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit itself
+        program = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    with warnings.catch_warnings(record=True) as said, pytest.raises(UserError, match=r"the plain nn\.Module"):
+        warnings.simplefilter("always")
+        working_copy(program, torch.device("cpu"))
+    assert not said
 
 
 def test_purify_removes_a_backdoor_and_touches_nothing_else(

@@ -6,7 +6,9 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from ulrl.options import Schema
 from ulrl.report.frame import frame_of, frame_of_runs, select
 from ulrl.report.page import repeat_command
 from ulrl.report.pooling import best_of, in_order, notes_of, summarise
-from ulrl.report.results import find_runs
+from ulrl.report.results import Run, find_runs
 from ulrl.report.tables import comparison_table, summary_cells, summary_latex, summary_markdown, summary_table
 from ulrl.runs.common import write_json
 from ulrl.untrusted.texts import read_json
@@ -289,6 +291,23 @@ def test_without_defense_only_defended_runs_are_averaged(study: Path) -> None:
     assert summary.n.to_dict() == {"badnet": 5, "prototype": 1}
 
 
+def test_a_record_is_called_as_its_folder_is(study: Path, tmp_path: Path) -> None:
+    (study / "one").rename(study / "$(renamed)")
+    runs = find_runs(study)[0]
+    assert {"$(renamed)", "clean"} == set(frame_of_runs(runs).record)
+    commands = [repeat_command(run) for run in runs if run.result["kind"] == "defense"]
+    assert any("--result_file '$(renamed)'" in command for command in commands)
+    assert not any("--result_file one" in command for command in commands)
+    moved = shutil.copytree(study / "$(renamed)" / "defense" / "ulrl_2", tmp_path / "apart")
+    assert [run.record_name for run in find_runs(moved)[0]] == ["one"], "it lies in no record"
+
+
+def explained() -> set[str]:
+    """The columns that the guide explains."""
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "results.md").read_text(encoding="utf-8")
+    return {word for line in guide.splitlines() if line.startswith("| `") for word in re.findall("`[a-z_]+`", line)}
+
+
 def test_formats(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["results", str(study), "--where", "attack=badnet", "--by", "defense,ratio"]
     markdown = say(capsys, *where, "--format", "markdown").splitlines()
@@ -304,6 +323,7 @@ def test_formats(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert r"\toprule" in latex
     table = pd.read_csv(io.StringIO(say(capsys, *where, "--format", "csv"))).set_index("defense")
     assert table.acc_mean["ulrl"] == pytest.approx(0.91)
+    assert {f"`{re.sub('^(asr|ra|der|seconds)_', 'acc_', column)}`" for column in table} <= explained()
     assert pd.isna(table.der_mean["no defense"])
     assert "91.00 ±1.00" in say(capsys, *where), "a file breaks no lines"
 
@@ -339,6 +359,7 @@ def test_export(name: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(frame) == 9
     assert frame.acc[str(study / "one" / "defense" / "ulrl_2")] == 0.92
     assert json.loads(frame.options.iloc[0]) == {"pratio": 0.0}
+    assert {f"`{column}`" for column in frame} <= explained()
 
 
 @pytest.mark.parametrize("name", ["all.parquet", "all.csv"])
@@ -456,7 +477,7 @@ def test_the_command_to_repeat_a_run_has_its_options(name: str) -> None:
         DefenseRun(ratio=0.05, random_seed=3, save_folder_name="a b; $c"),
     )
     options = json.loads(json.dumps(options_of(defense, run)))
-    command = repeat_command(result(method=name, record="my record", options=options))
+    command = repeat_command(Run(Path("my record/defense/x"), result(method=name, options=options)))
     program, kind, method, *flags = shlex.split(command)
     assert (program, kind, method) == ("ulrl", "defense", name)
     schema = Schema(DefenseRun, type(defense))
@@ -477,7 +498,8 @@ def test_the_command_to_repeat_an_attack_says_what_is_none(name: str, given: dic
     """Or an options file fills it in: the digits' has a width, TaCT's has classes of covers."""
     made = configure_attack(name, given, AttackRun, quiet=True)
     options = json.loads(json.dumps(options_of(*made)))
-    _, kind, method, *flags = shlex.split(repeat_command(result("attack", method=name, options=options)))
+    command = repeat_command(Run(Path("one"), result("attack", method=name, options=options)))
+    _, kind, method, *flags = shlex.split(command)
     assert (kind, method) == ("attack", name)
     assert configure_attack(name, attack_flags(name, flags, "AttackRun", ""), AttackRun, quiet=True) == made
 
@@ -489,7 +511,7 @@ def test_the_command_to_repeat_a_defense_says_what_is_none(empty_home: Path) -> 
     given = {"steplr_milestones": (), "index": None, "linear_name": None}
     defense, run = configure_defense("ulrl", given, "digits", "preactresnet18", quiet=True)
     options = json.loads(json.dumps(options_of(defense, run)))
-    _, _, _, *flags = shlex.split(repeat_command(result(options=options)))
+    _, _, _, *flags = shlex.split(repeat_command(Run(Path("one/defense/ulrl"), result(options=options))))
     again = Schema(DefenseRun, type(defense)).flags(flags, "", "")
     assert configure_defense("ulrl", again, "digits", "preactresnet18", quiet=True) == (
         defense, replace(run, result_file="one"),

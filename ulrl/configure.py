@@ -151,6 +151,8 @@ def configure_attack(
     """
     schema = attack_schema(name, run)
     settings = _merged(schema, attack_layers(schema, name, given), given, quiet)
+    if not quiet and not ATTACKS[name].chooses:
+        _tell_idle(settings, ("pratio", "p_num"), f"{name}, which poisons no training image for good")
     return settings.build(ATTACKS[name]), settings.build(run), settings.build(TrainOptions)
 
 
@@ -160,6 +162,8 @@ def configure_defense(
     """A defense and its run, for a record of that data set and architecture; as `configure_attack`."""
     schema = defense_schema(name)
     settings = _merged(schema, defense_layers(schema, name, dataset, model, given.get("yaml_path")), given, quiet)
+    if not quiet and DEFENSES[name].in_training:
+        _tell_idle(settings, ("ratio", "index"), f"{name}, which is given the poisoned training set")
     return settings.build(DEFENSES[name]), settings.build(DefenseRun)
 
 
@@ -195,6 +199,12 @@ def _merged(schema: Schema, files: list[Layer], given: Mapping[str, Any], quiet:
         except UserError as error:
             raise UserError(f"{source}: {str(error).removeprefix('--')}") from None
     return settings
+
+
+def _tell_idle(settings: Settings, keys: tuple[str, ...], where: str) -> None:
+    """Say which of these options were given in vain; the defaults, and what was said to be none, are not."""
+    if idle := [key for key in keys if key in settings.origin and settings.values[key] is not None]:
+        log.info("without an effect on %s: %s", where, ", ".join(idle))
 
 
 # The options files

@@ -25,11 +25,13 @@ from ulrl.untrusted.texts import read_yaml
 T = TypeVar("T")
 
 # Keys and flags of BackdoorBench and of the released ULRL that have no meaning here: data never passes
-# through worker processes, nothing is checkpointed by epoch, and paths follow from the record's name.
+# through worker processes, nothing is checkpointed by epoch, and paths follow from the record's name. Its every script
+# has the steps of the learning rate, also where it has none.
 IGNORED = frozenset(
     "num_workers pin_memory non_blocking prefetch frequency_save git_hash checkpoint_load "
     "checkpoint_save log attack num_classes input_height input_width input_channel "
-    "poison_rate target_type target_label trigger_type steplr_stepsize".split()
+    "poison_rate target_type target_label trigger_type steplr_stepsize "
+    "steplr_gamma steplr_milestones".split()
 )
 # The short flags that BackdoorBench has for some of them.
 SHORT = {"num_workers": ["-n"], "pin_memory": ["-pm"], "non_blocking": ["-nb"], "prefetch": ["-pf"]}

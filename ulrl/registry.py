@@ -54,6 +54,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 
 def nearest(name: str, known: Mapping[str, object] | list[str]) -> str:
-    """How an error about an unknown name goes on: the nearest known one, else all of them."""
-    close = [found for word in (name, name.lower()) for found in difflib.get_close_matches(word, list(known), n=1)]
+    """How an error about an unknown name goes on: the nearest known one, else all of them.
+
+    Of three letters one more or less is near, and another one is not: BackdoorBench's dbd and nab are no cbd and nad.
+    """
+    words = (name, name.lower())
+    close = [found for word in words for found in difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)]
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

@@ -31,6 +31,7 @@ class Attack:
     """
 
     name: ClassVar[str]
+    chooses: ClassVar[bool] = True  # poisons as many training images as `pratio` or `p_num` says, or none for good
     controls_training: ClassVar[bool] = False  # poisons batch by batch: there is no fixed poisoned training set
     needs_clean_model: ClassVar[bool] = False  # computes its trigger against a model without a backdoor
     ignored: ClassVar[tuple[str, ...]] = ()  # options of BackdoorBench's script without a meaning here

@@ -38,6 +38,7 @@ class Blind(Attack):
     No training sample is poisoned, so the record has no poisoned training set, and `pratio` means nothing.
     """
 
+    chooses: ClassVar[bool] = False
     controls_training: ClassVar[bool] = True
 
     ignored: ClassVar[tuple[str, ...]] = tuple("random_rotation random_crop cos_t_max mgda_normalize".split())

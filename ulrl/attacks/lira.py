@@ -41,6 +41,7 @@ class LIRA(Attack):
     means nothing.
     """
 
+    chooses: ClassVar[bool] = False
     controls_training: ClassVar[bool] = True
 
     ignored: ClassVar[tuple[str, ...]] = tuple(

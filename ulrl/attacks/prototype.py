@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -13,6 +14,8 @@ from ulrl.attacks.base import Attack, register
 @dataclass(frozen=True)
 class Prototype(Attack):
     """No attack. Its record has no poisoned samples, so ASR and RA are unknown (null)."""
+
+    chooses: ClassVar[bool] = False
 
     def choose(self, labels: torch.Tensor) -> torch.Tensor:
         return torch.empty(0, dtype=torch.int64)

@@ -70,7 +70,8 @@ def results(argv: Sequence[str]) -> None:
         export_frame(frame, Path(options.export))
     match options.format:
         case "csv":
-            print(harmless_cells(summary).to_csv(index=False), end="")
+            plain = summary.drop(columns=["rivalry", "block"])  # which say whom the notes of a table are about
+            print(harmless_cells(plain).to_csv(index=False), end="")
         case "markdown":
             print(summary_markdown(summary), end="")
         case "latex":

@@ -12,16 +12,16 @@ from ulrl.record_folder import record_folder
 
 
 def inspect(argv: Sequence[str]) -> None:
-    """Leaves with 2 where the file is not safe to open, or damaged."""
+    """Leaves with 2 where the file is not safe to open, or damaged; that verdict is the line on stderr alone."""
     named, rest = first_name(argv, "inspect", "a file, or the folder of a record")
     if rest:
         raise UserError(f"ulrl inspect takes a file and no options, and {rest[0]!r} is one too many")
     from ulrl.converting import inspect_file
 
     lines, safe = inspect_file(find_input(named))
-    print("\n".join(lines))
+    print("\n".join(lines if safe else lines[:-1]))
     if not safe:
-        raise UserError(f"{named}: {lines[-1].removeprefix('verdict: ')}")
+        raise UserError(f"{named}: {lines[-1]}")
 
 
 def convert(argv: Sequence[str]) -> None:

@@ -28,7 +28,8 @@ class FTSAM(FineTuning):
     rises and falls every 200 steps), and what YAML says of the radius is heeded.
     """
 
-    ignored: ClassVar[tuple[str, ...]] = ("rho_min", "alpha")  # equal to rho_max and 0 in BackdoorBench's YAML
+    # In BackdoorBench's YAML rho_min is rho_max and alpha 0; its script heeds no rho, and is adaptive by default.
+    ignored: ClassVar[tuple[str, ...]] = ("rho_min", "alpha", "rho", "adaptive", "print_freq")
 
     rho_max: float = option(2.0, "radius of the climb, in the scale of the weights", source="FT-SAM paper", low=0)
     label_smoothing: float = option(0.1, "label smoothing", source="BackdoorBench", low=0, high=1)

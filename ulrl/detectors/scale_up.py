@@ -10,6 +10,7 @@ from torch import nn
 
 from ulrl.data.imageset import ImageSet
 from ulrl.detectors.base import Detector, Scored, register
+from ulrl.errors import UserError
 from ulrl.options import option
 from ulrl.training import Monitor, predict
 
@@ -25,6 +26,10 @@ class ScaleUp(Detector):
     """
 
     scales: tuple[int, ...] = option((3, 5, 7, 9, 11), "factors of the pixel values", source="paper")
+
+    def check(self, model: nn.Module, clean: ImageSet) -> None:
+        if not self.scales or min(self.scales) < 1:
+            raise UserError(f"--scales {' '.join(map(str, self.scales)) or 'none'}: give factors of at least 1")
 
     def score(self, model: nn.Module, suspects: ImageSet, clean: ImageSet, monitor: Monitor) -> Scored:
         with monitor.stage("scale", 2 * len(self.scales)) as progress:
@@ -44,7 +49,8 @@ class ScaleUp(Detector):
         """The share of the scales at which each image keeps its class, float [N], and that class, int64 [N]."""
         classes, kept = predict(model, data, self.amp), torch.zeros(len(data), device=data.device)
         for scale in self.scales:
-            images = (data.images.short() * scale).clamp_(max=255).byte()
+            factor = min(scale, 255)  # a larger one makes white, too, all but what is black
+            images = torch.where(data.images > 255 // factor, 255, data.images * factor)
             kept += predict(model, replace(data, images=images), self.amp) == classes
             step()
         return kept / len(self.scales), classes

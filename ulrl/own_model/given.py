@@ -271,6 +271,8 @@ def working_copy(model: nn.Module, device: torch.device) -> nn.Module:
     Raises:
         UserError: torch cannot copy it, or it cannot be switched between its modes.
     """
+    if isinstance(model, torch.jit.ScriptModule):  # on which torch would warn first, and then fail
+        raise UserError("the model is a TorchScript program; give the plain nn.Module it was made from")
     try:
         subject = copied(model).float().requires_grad_(True).to(device)
         subject.train()  # which returns nothing where a user's own `train` does not

@@ -101,11 +101,14 @@ def _with_repeats(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def frame_of_runs(runs: list[Run]) -> pd.DataFrame:
-    """As `frame_of`; the index is the run's folder, and what made a record is looked up among the runs."""
+    """As `frame_of`; the index is the run's folder, a record is called as its folder is, and what made it is looked up
+    among the runs."""
     made = {run.folder: run.result for run in runs if run.result["kind"] == "attack"}
     frame = frame_of([run.result for run in runs], [made.get(run.record) for run in runs])
-    folders = [str(run.folder) for run in runs for _ in range(1 + bool(run.result.get("oracle")))]
-    return frame.set_axis(pd.Index(folders, name="folder", dtype="object"))
+    of_row = [run for run in runs for _ in range(1 + bool(run.result.get("oracle")))]
+    names = pd.Series([printable(run.record_name) for run in of_row], frame.index, dtype="object")  # may be no UTF-8
+    folders = [str(run.folder) for run in of_row]
+    return frame.assign(record=names).set_axis(pd.Index(folders, name="folder", dtype="object"))
 
 
 def select(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:

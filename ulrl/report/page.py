@@ -118,10 +118,10 @@ def _name(run: Run, root: Path) -> str:
     return run.folder.relative_to(root).as_posix()
 
 
-def repeat_command(result: dict[str, Any]) -> str:
+def repeat_command(run: Run) -> str:
     """What to type to run it again, with every option spelled out, also what is none: a file may say otherwise."""
-    defense = result["kind"] == "defense"
-    given = {"result_file": result["record"]} if defense else {}
+    result = run.result
+    given = {"result_file": run.record_name} if result["kind"] == "defense" else {}
     words = ["ulrl", result["kind"], result["method"]]
     for name, value in {**result["options"], **given}.items():
         if value == "" or name in ("yaml_path", "bd_yaml_path", "overwrite") or (value is None and name in BY_ITSELF):
@@ -139,7 +139,7 @@ def _details(run: Run) -> dict[str, Any]:
     keys = ("before", "after", "oracle", "seconds", "options", "evidence", "environment", "peak_memory_mb", "flagged")
     return {
         **{k: r[k] for k in keys if k in r},
-        "command": repeat_command(r),
+        "command": repeat_command(run),
         "preview": _id(str(run.record)),
         "neurons": _neurons(run),
         "curves": _curves(run),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,18 @@ class Run:
 
     @property
     def record(self) -> Path:
-        within = self.result["kind"] == "defense" and self.folder.parent.name == "defense"
-        return self.folder.parent.parent if within else self.folder
+        return self.folder.parent.parent if self._in_record else self.folder
+
+    @property
+    def record_name(self) -> str:
+        """That of the record's folder, which may have been renamed since; of a defense that lies in none, the old."""
+        if self.result["kind"] == "defense" and not self._in_record:
+            return str(self.result["record"])
+        return os.path.basename(os.path.abspath(self.record))
+
+    @property
+    def _in_record(self) -> bool:
+        return self.result["kind"] == "defense" and self.folder.parent.name == "defense"
 
 
 def find_runs(root: Path) -> tuple[list[Run], list[str]]:

@@ -66,7 +66,7 @@ def run_defense(
     final = results_folder(record, "defense", run.save_folder_name or defense.name)
     check_named(record, run)
     size = record.img_size[:2]
-    spec = record_spec(record, run)
+    spec = record_spec(record, run.dataset_path)
     device = pick_device(run.device)
     peak = PeakMemory(device)
     poisoned_test = record.poisoned_test(spec).to(device)

@@ -44,7 +44,7 @@ def run_detector(
     start = time.perf_counter()
     final = results_folder(record, "detection", run.save_folder_name or detector.name)
     check_named(record, run)
-    spec = record_spec(record, run)
+    spec = record_spec(record, run.dataset_path)
     device = pick_device(run.device)
     peak = PeakMemory(device)
     model = load_model(record.model_name, record.num_classes, record.state_dict, spec.channels).to(device)

@@ -30,15 +30,15 @@ def check_named(record: Record, run: RecordRun) -> None:
             )
 
 
-def record_spec(record: Record, run: RecordRun) -> DatasetSpec:
+def record_spec(record: Record, dataset_path: str) -> DatasetSpec:
     """The facts of the record's data set, as it lies where the user says.
 
     Raises:
         UserError: it is of a folder of the user's own that was not named, or is none.
     """
-    unnamed = record.dataset == "folder" and run.dataset_path == RecordRun.dataset_path
+    unnamed = record.dataset == "folder" and dataset_path == RecordRun.dataset_path
     try:
-        spec = dataset_spec(record.dataset, run.dataset_path, record.img_size[:2])
+        spec = dataset_spec(record.dataset, dataset_path, record.img_size[:2])
     except UserError:
         if not unnamed:
             raise

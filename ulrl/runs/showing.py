@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ulrl.data.datasets import dataset_spec, load_dataset
+from ulrl.data.datasets import load_dataset
 from ulrl.errors import UserError
 from ulrl.machine import pick_device
 from ulrl.models import load_model
 from ulrl.models.head import find_head
 from ulrl.record import load_defense_result, load_record
+from ulrl.runs.given import record_spec
 from ulrl.seeds import generator
 from ulrl.training import head_inputs
 
@@ -34,9 +35,8 @@ def penultimate_features(
         raise UserError(f"{folder} is not a defense's folder; name one, such as record/NAME/defense/ulrl")
     record = load_record(folder.parent.parent)
     repaired = load_defense_result(folder, record)
-    data = (record.dataset, dataset_path, record.img_size[:2])
-    spec, on = dataset_spec(*data), pick_device(device)
-    _, clean = load_dataset(*data)
+    spec, on = record_spec(record, dataset_path), pick_device(device)
+    _, clean = load_dataset(record.dataset, dataset_path, record.img_size[:2])
     record.check_test(clean)
     triggered = record.poisoned_test(spec)
     draw = generator(0, "features")
