@@ -20,6 +20,11 @@ def generator(seed: int, stream: str, device: torch.device | str = "cpu") -> tor
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream))
 
 
+def drawn(size: int, count: int, stream: torch.Generator) -> torch.Tensor:
+    """`count` of the whole numbers below `size` at random, ascending: int64 [count]."""
+    return torch.randperm(size, generator=stream)[:count].sort().values
+
+
 @contextlib.contextmanager
 def global_stream(seed: int, stream: str, device: torch.device | str = "cpu") -> Iterator[None]:
     """Seed torch's global generators, the CPU's and that of `device`, inside the block, and put them back.

@@ -14,7 +14,7 @@ from ulrl.data.imageset import DatasetSpec, ImageSet, PoisonedSet
 from ulrl.errors import UserError
 from ulrl.options import option
 from ulrl.registry import Registry
-from ulrl.seeds import generator
+from ulrl.seeds import drawn, generator
 
 Self_ = TypeVar("Self_", bound="Attack")
 
@@ -74,7 +74,7 @@ class Attack:
             raise UserError(
                 f"{flag} asks for {count} poisoned samples out of {len(candidates)} {what}; give 1 to {len(candidates)}"
             )
-        return some(candidates, count, generator(self.random_seed, "poison"))
+        return candidates[drawn(len(candidates), count, generator(self.random_seed, "poison"))]
 
     def covers(self, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Positions (int64 [n], ascending) of samples that are changed but keep their label; none as a rule."""
@@ -187,7 +187,7 @@ class Covered(Attack):
             raise UserError(
                 f"--cover_rate {self.cover_rate} asks for {count} cover samples out of {len(candidates)}; lower it"
             )
-        return some(candidates, count, generator(self.random_seed, "cover"))
+        return candidates[drawn(len(candidates), count, generator(self.random_seed, "cover"))]
 
 
 def one_target_only(attack: Attack) -> None:
@@ -201,12 +201,6 @@ def one_target_only(attack: Attack) -> None:
             f"--attack_label_trans {attack.attack_label_trans} has no meaning for {attack.name}, "
             "which has one target class; leave it at all2one"
         )
-
-
-def some(candidates: torch.Tensor, count: int, stream: torch.Generator) -> torch.Tensor:
-    """`count` of the candidates at random, ascending."""
-    order = torch.randperm(len(candidates), generator=stream)
-    return candidates[order[:count]].sort().values
 
 
 ATTACKS: Registry[Attack] = Registry("attack", "ulrl.attacks")

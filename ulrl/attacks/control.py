@@ -8,9 +8,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import nn
 
-from ulrl.attacks.base import Attack, some
+from ulrl.attacks.base import Attack
 from ulrl.attacks.lab import Lab
-from ulrl.seeds import generator
+from ulrl.seeds import drawn, generator
 
 Self_ = TypeVar("Self_", bound="BatchPoisoning")
 
@@ -87,4 +87,4 @@ def cross_positions(attack: Attack, labels: torch.Tensor, chosen: torch.Tensor, 
     """Positions of the cross samples that the record shows: `share` of all, as far as there are, ascending."""
     candidates = attack.cover_candidates(labels, chosen)
     count = min(round(share * len(labels)), len(candidates))
-    return some(candidates, count, generator(attack.random_seed, "cover"))
+    return candidates[drawn(len(candidates), count, generator(attack.random_seed, "cover"))]

@@ -26,7 +26,7 @@ from ulrl.data.scenes import cached_scenes
 from ulrl.errors import UserError
 from ulrl.files import find_input
 from ulrl.registry import nearest
-from ulrl.seeds import generator
+from ulrl.seeds import drawn, generator
 from ulrl.untrusted.opening import opened
 
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -248,5 +248,4 @@ def clean_subset(size: int, ratio: float, seed: int) -> torch.Tensor:
     count = round(ratio * size)
     if count < 1:
         raise UserError(f"ratio {ratio} of {size} training images is less than one sample; raise --ratio")
-    order = torch.randperm(size, generator=generator(seed, "clean_subset"))
-    return order[:count].sort().values
+    return drawn(size, count, generator(seed, "clean_subset"))

@@ -36,6 +36,10 @@ class DatasetSpec:
         """(height, width, channels), the order of BackdoorBench's `img_size`."""
         return (self.height, self.width, self.channels)
 
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
 
 @dataclass(frozen=True)
 class ImageSet:

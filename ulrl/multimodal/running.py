@@ -33,7 +33,7 @@ from ulrl.multimodal.poisoning import check_attack, poison_pairs
 from ulrl.multimodal.repairs import Evidence, Repairing, finetune, ubt, ulrl
 from ulrl.options import option
 from ulrl.runs.common import log_file, stage_seconds, write_index, write_json, write_result
-from ulrl.seeds import generator
+from ulrl.seeds import drawn, generator
 from ulrl.training import Monitor, TrainOptions, accuracy, fit, judge
 from ulrl.untrusted.torchfiles import MOST
 from ulrl.untrusted.weights import load_safetensors
@@ -91,6 +91,38 @@ class TestSet:
         return judgement, asdict(judgement) | rest
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, repairs with and judges by, on its device.
+
+    pairs: as they are. poisoned: the same, some with a backdoor, at the places `chosen` (int64 [n], ascending). kept:
+    int64 [N], where the pairs stand in the training split. clean, labelled: those that repairs are given, with captions
+    and with garments as labels.
+    """
+
+    pairs: Pairs
+    poisoned: Pairs
+    chosen: torch.Tensor
+    kept: torch.Tensor
+    clean: Pairs
+    labelled: ImageSet
+    judged: TestSet
+
+    @classmethod
+    def of(cls, attack: Attack, run: ClipRun, device: torch.device) -> Data:
+        split, test = load_dataset(DATASET, run.dataset_path)
+        attack.check(split.spec)
+        captions = Facts.of(split.labels, test=False).captions(run.random_seed)
+        kept = drawn(len(split), run.train_samples, generator(run.random_seed, "train_samples"))
+        train, said = split.subset(kept).to(device), [captions[i] for i in kept.tolist()]
+        pairs, (poisoned, chosen) = Pairs.of(train, said), poison_pairs(attack, train, said)
+        log.info("%s: %d of %d pairs poisoned", attack.name, len(chosen), len(pairs))
+        shown = torch.arange(min(run.test_samples, len(test)))
+        judged = TestSet.of(test.subset(shown).to(device), Facts.of(test.labels, test=True).subset(shown), attack)
+        owned = clean_subset(len(train), run.ratio, run.random_seed)
+        return cls(pairs, poisoned, chosen, kept, pairs.subset(owned), train.subset(owned), judged)
+
+
 def run_clip(
     attack: Attack, run: ClipRun, training: TrainOptions, how: Repairing, *, bar: bool = True,
     draw: Callable[[Path], object] | None = None,
@@ -116,70 +148,69 @@ def run_clip(
         log_file(folder),
         threads_for(1024, device),
     ):
-        split, test = load_dataset(DATASET, run.dataset_path)
-        attack.check(split.spec)
-        captions = Facts.of(split.labels, test=False).captions(run.random_seed)
-        order = torch.randperm(len(split), generator=generator(run.random_seed, "train_samples"))
-        kept = order[: run.train_samples].sort().values
-        train, said = split.subset(kept).to(device), [captions[i] for i in kept.tolist()]
-        pairs, poisoned = poison_pairs(attack, train, said)
-        log.info("%s: %d of %d pairs poisoned", attack.name, len(poisoned), len(pairs))
-        shown = torch.arange(min(run.test_samples, len(test)))
-        judged = TestSet.of(test.subset(shown).to(device), Facts.of(test.labels, test=True).subset(shown), attack)
-        owned = clean_subset(len(train), run.ratio, run.random_seed)
-        labelled, clean = train.subset(owned), Pairs.of(train, said).subset(owned)
+        data = Data.of(attack, run, device)
         monitor.seconds["load"] = time.perf_counter() - start
-
-        (folder / TRAINED).mkdir(exist_ok=True)
-        about = (training, run.train_samples, run.width, run.dim, run.random_seed)
-
-        def pretrain() -> DualEncoder:
-            fresh = DualEncoder(run.dim, run.width, run.random_seed).to(device)
-            return train_encoder(fresh, Pairs.of(train, said), training, monitor, "pretrain")
-
-        def poison() -> DualEncoder:
-            again = replace(training, epochs=run.poison_epochs, lr=run.poison_lr)
-            return train_encoder(copy.deepcopy(original), pairs, again, monitor, "poison")
-
-        original = once(folder / TRAINED / "clean.safetensors", repr(about), pretrain).to(device)
-        attacked = (about, options_of(attack), run.poison_epochs, run.poison_lr)
-        encoder = once(folder / TRAINED / "poisoned.safetensors", repr(attacked), poison).to(device)
-        reference, before = judged.judge(original, training.amp), judged.judge(encoder, training.amp)
-        if not took(before[0].asr):
-            log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * (before[0].asr or 0), 100 * TOOK)
-        shared = {"random_seed": run.random_seed, "amp": how.amp}
-        method, _ = configure_defense("ulrl", shared, DATASET, "preactresnet18", quiet=True)
-        assert isinstance(method, ULRL)
-        repaired, results = {"before": encoder}, {}
+        original, encoder = train_both(folder / TRAINED, data, attack, run, training, monitor)
+        (_, reference), (before, row) = (data.judged.judge(each, training.amp) for each in (original, encoder))
+        if not took(before.asr):
+            log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * (before.asr or 0), 100 * TOOK)
+        encoders, results = {"before": encoder}, {}
         for repair in names:
-            repaired[repair] = own = copy.deepcopy(encoder)
             begun = time.perf_counter()
-            if repair == "ft":
-                evidence = finetune(own, clean, how, run.random_seed, monitor)
-            elif repair == "ulrl":
-                evidence = ulrl(own, clean, labelled, method, how, run.random_seed, monitor)
-            else:
-                evidence = found(ubt(own, pairs, how, run.random_seed, monitor), poisoned)
+            encoders[repair], evidence = repaired(encoder, repair, data, how, run.random_seed, monitor)
             seconds = time.perf_counter() - begun
-            judgement, row = judged.judge(own, training.amp)
-            results[repair] = {
-                "after": row,
-                "der": defense_effectiveness(before[0], judgement),
-                "seconds": seconds,
-                "evidence": evidence,
-            }
-            write_encoder(own, folder / f"{repair}.safetensors", repair)
-        write_index(folder / "poison_index.txt", kept[poisoned])
-        write_captions(folder, repaired, judged, training.amp)
+            judgement, after = data.judged.judge(encoders[repair], training.amp)
+            der = defense_effectiveness(before, judgement)
+            results[repair] = {"after": after, "der": der, "seconds": seconds, "evidence": evidence}
+            write_encoder(encoders[repair], folder / f"{repair}.safetensors", repair)
+        write_index(folder / "poison_index.txt", data.kept[data.chosen])
+        write_captions(folder, encoders, data.judged, training.amp)
         result = {
             "schema": 1, "kind": "clip", "method": "clip", "record": name, "attack": attack.name, "dataset": DATASET,
             "model": "preactresnet18, text transformer", "options": options_of(attack, run, training, how),
-            "seed": run.random_seed, "pairs": len(pairs), "poisoned": len(poisoned), "clean_samples": len(clean),
-            "clean": reference[1], "before": before[1], "took": took(before[0].asr), "repairs": results,
-            "seconds": stage_seconds(monitor, start), "peak_memory_mb": peak.mb(), "environment": environment(device),
+            "seed": run.random_seed, "pairs": len(data.pairs), "poisoned": len(data.chosen),
+            "clean_samples": len(data.clean), "clean": reference, "before": row, "took": took(before.asr),
+            "repairs": results, "seconds": stage_seconds(monitor, start), "peak_memory_mb": peak.mb(),
+            "environment": environment(device),
         }  # fmt: skip
         write_result(folder, result, draw)
     return final, result
+
+
+def train_both(
+    folder: Path, data: Data, attack: Attack, run: ClipRun, training: TrainOptions, monitor: Monitor
+) -> tuple[DualEncoder, DualEncoder]:
+    """An encoder trained on the clean pairs, and what training on the poisoned ones makes of it; kept in `folder`."""
+    folder.mkdir(exist_ok=True)
+    device = data.pairs.data.device
+    about = (training, run.train_samples, run.width, run.dim, run.random_seed)
+    again = replace(training, epochs=run.poison_epochs, lr=run.poison_lr)
+
+    def pretrain() -> DualEncoder:
+        fresh = DualEncoder(run.dim, run.width, run.random_seed).to(device)
+        return train_encoder(fresh, data.pairs, training, monitor, "pretrain")
+
+    original = once(folder / "clean.safetensors", repr(about), pretrain).to(device)
+    attacked = (about, options_of(attack), run.poison_epochs, run.poison_lr)
+    poisoned = once(
+        folder / "poisoned.safetensors", repr(attacked),
+        lambda: train_encoder(copy.deepcopy(original), data.poisoned, again, monitor, "poison"),
+    )  # fmt: skip
+    return original, poisoned.to(device)
+
+
+def repaired(
+    encoder: DualEncoder, repair: str, data: Data, how: Repairing, seed: int, monitor: Monitor
+) -> tuple[DualEncoder, Evidence]:
+    """A repaired copy of the encoder, and what the repair found."""
+    own = copy.deepcopy(encoder)
+    if repair == "ft":
+        return own, finetune(own, data.clean, how, seed, monitor)
+    if repair == "ubt":
+        return own, found(ubt(own, data.poisoned, how, seed, monitor), data.chosen)
+    method, _ = configure_defense("ulrl", {"random_seed": seed, "amp": how.amp}, DATASET, "preactresnet18", quiet=True)
+    assert isinstance(method, ULRL)
+    return own, ulrl(own, data.clean, data.labelled, method, how, seed, monitor)
 
 
 def train_encoder(

@@ -114,8 +114,7 @@ def purify(
     elif hold_out:
         notes.append(f"{len(clean)} samples are too few to hold {hold_out:.0%} of them out: accuracy is of all of them")
     parts = _parts(given.model)
-    pixels, device = clean.spec.height * clean.spec.width, clean.device
-    with threads_for(pixels, device), global_stream(defense.random_seed, "purify", device):
+    with threads_for(clean.spec.pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
         before = accuracy(given.model, held_out, defense.amp)
         repair: Repair = defense.run_checked(given.model, train, monitor)
         if other := sorted(parts ^ _parts(repair.model)):  # its weights would fit the user's network no more

@@ -40,7 +40,7 @@ from ulrl.runs.common import (
     write_index,
     write_result,
 )
-from ulrl.seeds import generator, global_stream
+from ulrl.seeds import drawn, generator, global_stream
 from ulrl.training import Monitor, TrainOptions
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,20 @@ class TriggerSample:
         np.savez_compressed(path, clean=self.clean, poisoned=self.poisoned, titles=np.array(self.titles))
 
 
+@dataclass(frozen=True)
+class Planted:
+    """A model with a backdoor, the attack with all that it learned, and what it poisoned of both splits.
+
+    train: the poisoned training samples, whose original indices are places in the training images. covers: likewise.
+    """
+
+    attack: Attack
+    model: nn.Module
+    train: PoisonedSet
+    covers: PoisonedSet
+    test: PoisonedSet
+
+
 def run_attack(
     attack: Attack, run: AttackRun, training: TrainOptions, *, bar: bool = True,
     draw: Callable[[Path], object] | None = None,
@@ -92,76 +106,40 @@ def run_attack(
         UserError: bad options, data that is not there, a record of that name.
     """
     start = time.perf_counter()
-    spec = _spec(run)
-    attack.check(spec)
+    spec = _spec(attack, run)
     device = pick_device(run.device)
     peak = PeakMemory(device)
     clean_model = _clean_model(attack, run, spec, device)
     name = run.save_folder_name or f"{attack.name}_{run.dataset}_{datetime.now():%Y%m%d_%H%M%S}"
     check_folder_name(name, "--save_folder_name")
-    final, pixels = home() / "record" / name, spec.height * spec.width
+    final = home() / "record" / name
     with (
         whole_folder(final, overwrite=run.overwrite, keep=LEARNED) as folder,
         log_file(folder),
-        threads_for(pixels, device),
+        threads_for(spec.pixels, device),
     ):
-        train, clean_test = load_dataset(run.dataset, run.dataset_path, run.img_size)
-        n_train, kept = len(train), _training_subset(len(train), run)
-        train, clean_test = (train.subset(kept) if len(kept) < n_train else train).to(device), clean_test.to(device)
-        chosen = attack.choose(train.labels.cpu())
-        covers = attack.covers(train.labels.cpu(), chosen)
-        judged = attack.judged(clean_test.labels)
-        course = EpochJudge(clean_test, None, training.amp, only="train")
+        train, test, kept, n_train = _data(run, device)
+        course = EpochJudge(test, None, training.amp, only="train")
         monitor = Monitor(course, run.eval_every, bar=bar)
         lab = _lab(attack, run, training, train, kept, monitor, clean_model, folder / LEARNED)
         monitor.seconds["load"] = time.perf_counter() - start
 
-        with global_stream(run.random_seed, "learn", device):
-            attack = attack.learn(lab)
-        poisoned_train = None
-        if not attack.controls_training:
-            poisoned_train = _poison_training_set(attack, train, chosen, covers)
-            # The images are held once: the poisoned ones take the place of the clean ones.
-            at = poisoned_train.original_indices
-            train.images[at], train.labels[at] = poisoned_train.images, poisoned_train.labels
-        if len(chosen):
-            drawn = ", drawn anew for each batch" if attack.controls_training else ""
-            log.info(
-                "%s: %d of %d images poisoned, %d covers%s", attack.name, len(chosen), len(train), len(covers), drawn
-            )
-        else:
-            log.info("%s: no training image is poisoned for good", attack.name)
-        if not attack.trigger_from_training:
-            course.poisoned = attack.poison_set(clean_test, judged, train=False)
-        model = lab.new_model("initialisation")
-        with global_stream(run.random_seed, "train", device):  # dropout draws from it
-            attack = attack.train(model, lab)
-        poisoned_test = course.poisoned or attack.poison_set(clean_test, judged, train=False)
-        if poisoned_train is None:
-            poisoned_train = _poison_training_set(attack, train, chosen, covers)
-        after = timed_judge(monitor, model, clean_test, poisoned_test, training.amp)
+        planted = _plant(attack, run, lab, test, course)
+        after = timed_judge(monitor, planted.model, test, planted.test, training.amp)
         if after.asr is not None and not took(after.asr):
             log.warning("the backdoor did not take: ASR %.1f%%, below %g%%", 100 * after.asr, 100 * TOOK)
 
-        poisoned_train = replace(poisoned_train, original_indices=kept[poisoned_train.original_indices.cpu()])
+        poisoned = planted.train.joined(planted.covers)
+        poisoned = replace(poisoned, original_indices=kept[poisoned.original_indices.cpu()])
         write_record(
             folder, final_name=name, model_name=run.model, num_classes=spec.num_classes,
-            state_dict=model.state_dict(), spec=spec, poisoned_test=poisoned_test, clean_test=clean_test,
-            poisoned_train=poisoned_train if len(poisoned_train) else None, n_train=n_train, train_indices=kept,
+            state_dict=planted.model.state_dict(), spec=spec, poisoned_test=planted.test, clean_test=test,
+            poisoned_train=poisoned if len(poisoned) else None, n_train=n_train, train_indices=kept,
             info=_info(attack, run, training, spec, name),
         )  # fmt: skip
-        for file, positions in (("poison_index.txt", chosen), ("cover_index.txt", covers)):
-            if len(positions):
-                write_index(folder / file, kept[positions])
-        trigger = {key: tensor.detach().cpu() for key, tensor in attack.parameters(spec).items()}
-        save_torch(trigger, folder / "trigger.pt")
+        figures = _write_trigger(folder, planted, test, kept)
         history = course.with_history([row for row in monitor.history if row["stage"] == "train"])
         _attack_df(history, after, len(lab.batches())).to_csv(folder / "attack_df.csv")
-        figures = None
-        if len(judged):
-            sample = TriggerSample.of(clean_test, poisoned_test)
-            sample.write(folder / SAMPLES_FILE)
-            figures = sample.perceptibility
         result = {
             "schema": 1, "kind": "attack", "method": attack.name, "record": name, "attack": attack.name,
             "dataset": run.dataset, "model": run.model, "options": options_of(attack, run, training),
@@ -169,13 +147,58 @@ def run_attack(
             "took": took(after.asr), "der": None, "flagged": [], "seconds": stage_seconds(monitor, start),
             "peak_memory_mb": peak.mb(),
             "evidence": {
-                "poisoned": len(chosen), "covers": len(covers), "train_samples": len(train),
+                "poisoned": len(planted.train), "covers": len(planted.covers), "train_samples": len(train),
                 "perceptibility": figures,
             },
             "environment": environment(device),
         }  # fmt: skip
         write_result(folder, result, draw)
     return final, result
+
+
+def _plant(attack: Attack, run: AttackRun, lab: Lab, test: ImageSet, course: EpochJudge) -> Planted:
+    """Let the attack learn its trigger, poison the training set, in place, and train the model."""
+    train, device = lab.data, lab.data.device
+    chosen = attack.choose(train.labels.cpu())
+    covers = attack.covers(train.labels.cpu(), chosen)
+    judged = attack.judged(test.labels)
+
+    def poisoned() -> tuple[PoisonedSet, PoisonedSet]:  # by the attack as it is when this is called
+        return attack.poison_set(train, chosen, train=True), attack.cover_set(train, covers)
+
+    with global_stream(run.random_seed, "learn", device):
+        attack = attack.learn(lab)
+    fixed = None if attack.controls_training else poisoned()
+    for part in fixed or ():  # the images are held once: the poisoned ones take the place of the clean ones
+        train.images[part.original_indices], train.labels[part.original_indices] = part.images, part.labels
+    if len(chosen):
+        anew = "" if fixed else ", drawn anew for each batch"
+        log.info("%s: %d of %d images poisoned, %d covers%s", attack.name, len(chosen), len(train), len(covers), anew)
+    else:
+        log.info("%s: no training image is poisoned for good", attack.name)
+    if not attack.trigger_from_training:
+        course.poisoned = attack.poison_set(test, judged, train=False)
+    model = lab.new_model("initialisation")
+    with global_stream(run.random_seed, "train", device):  # dropout draws from it
+        attack = attack.train(model, lab)
+    triggered = course.poisoned or attack.poison_set(test, judged, train=False)
+    return Planted(attack, model, *(fixed or poisoned()), triggered)
+
+
+def _write_trigger(
+    folder: Path, planted: Planted, test: ImageSet, kept: torch.Tensor
+) -> dict[str, float | None] | None:
+    """Write the trigger, its samples and which images were poisoned: how perceptible it is, if there is one."""
+    for file, part in (("poison_index.txt", planted.train), ("cover_index.txt", planted.covers)):
+        if len(part):
+            write_index(folder / file, kept[part.original_indices.cpu()])
+    trigger = planted.attack.parameters(test.spec)
+    save_torch({key: tensor.detach().cpu() for key, tensor in trigger.items()}, folder / "trigger.pt")
+    if not len(planted.test):
+        return None
+    sample = TriggerSample.of(test, planted.test)
+    sample.write(folder / SAMPLES_FILE)
+    return sample.perceptibility
 
 
 def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar: bool = True) -> TriggerSample:
@@ -191,13 +214,10 @@ def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar:
             f"the trigger of {attack.name} is trained together with the model, so there is none to show before; "
             f"run attack/{attack.name}.py, whose record holds trigger_preview.png"
         )
-    spec = _spec(run)
-    attack.check(spec)
+    spec = _spec(attack, run)
     device = pick_device(run.device)
     clean_model = _clean_model(attack, run, spec, device)
-    train, test = load_dataset(run.dataset, run.dataset_path, run.img_size)
-    kept = _training_subset(len(train), run)
-    train, test = train.subset(kept).to(device), test.to(device)
+    train, test, kept, _ = _data(run, device)
     with tempfile.TemporaryDirectory() as cache:
         lab = _lab(attack, run, training, train, kept, Monitor(bar=bar), clean_model, Path(cache))
         with global_stream(run.random_seed, "learn", device):  # as in a run: it is that run's trigger
@@ -208,15 +228,28 @@ def run_preview(attack: Attack, run: PreviewRun, training: TrainOptions, *, bar:
     return TriggerSample.of(test, attack.poison_set(test, judged[:MEASURED], train=False))
 
 
-def _spec(run: PreviewRun) -> DatasetSpec:
-    """The facts of the data set that the user named, with a net that there is."""
+def _spec(attack: Attack, run: PreviewRun) -> DatasetSpec:
+    """The facts of the data set that the user named, which net and attack fit."""
     architecture_of(run.model, run.width, pretrained=run.pretrained)
     spec = dataset_spec(run.dataset, run.dataset_path, run.img_size)
     if run.img_size and run.dataset != "folder":
         raise UserError(
             f"--img_size would have no effect: the images of {spec.name} are {spec.height} x {spec.width}; leave it out"
         )
+    attack.check(spec)
     return spec
+
+
+def _data(run: PreviewRun, device: torch.device) -> tuple[ImageSet, ImageSet, torch.Tensor, int]:
+    """The training and the test images on the device, where the first stand in their split, int64 [N], and its size."""
+    train, test = load_dataset(run.dataset, run.dataset_path, run.img_size)
+    size, kept = len(train), torch.arange(len(train))
+    if run.train_samples is not None:
+        if run.train_samples > size:
+            raise UserError(f"--train_samples {run.train_samples} is more than the {size} training images")
+        kept = drawn(size, run.train_samples, generator(run.random_seed, "train_samples"))
+        train = train.subset(kept)
+    return train.to(device), test.to(device), kept, size
 
 
 def _clean_model(attack: Attack, run: PreviewRun, spec: DatasetSpec, device: torch.device) -> nn.Module | None:
@@ -262,20 +295,6 @@ def _lab(
         return digest.hexdigest()
 
     return Lab(train, origin, training, monitor, new_model, clean_model, cache, key)
-
-
-def _poison_training_set(attack: Attack, train: ImageSet, chosen: torch.Tensor, covers: torch.Tensor) -> PoisonedSet:
-    """The poisoned samples, then the covers."""
-    return attack.poison_set(train, chosen, train=True).joined(attack.cover_set(train, covers))
-
-
-def _training_subset(size: int, run: PreviewRun) -> torch.Tensor:
-    if run.train_samples is None:
-        return torch.arange(size)
-    if run.train_samples > size:
-        raise UserError(f"--train_samples {run.train_samples} is more than the {size} training images")
-    order = torch.randperm(size, generator=generator(run.random_seed, "train_samples"))
-    return order[: run.train_samples].sort().values
 
 
 def _info(attack: Attack, run: AttackRun, training: TrainOptions, spec: DatasetSpec, name: str) -> dict[str, Any]:

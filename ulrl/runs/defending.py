@@ -86,8 +86,7 @@ def run_defense(
     monitor.seconds["load"] = time.perf_counter() - start
 
     defense.check(model, given)
-    pixels = spec.height * spec.width
-    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder), threads_for(pixels, device):
+    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder), threads_for(spec.pixels, device):
         what = "samples of the poisoned training set" if defense.in_training else "clean samples"
         log.info("%s on %s: %d %s", defense.name, record.name, len(given), what)
         before = kept(

@@ -23,7 +23,7 @@ from ulrl.models import load_model
 from ulrl.record import Record
 from ulrl.runs.common import log_file, stage_seconds, write_index, write_json
 from ulrl.runs.given import check_named, clean_index, record_spec, result_options, results_folder
-from ulrl.seeds import generator, global_stream
+from ulrl.seeds import drawn, generator, global_stream
 from ulrl.training import Monitor
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,7 @@ def run_detector(
     monitor.seconds["load"] = time.perf_counter() - start
 
     detector.check(model, clean)
-    pixels = spec.height * spec.width
-    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder), threads_for(pixels, device):
+    with whole_folder(final, overwrite=run.overwrite) as folder, log_file(folder), threads_for(spec.pixels, device):
         log.info(
             "%s on %s: %d training images, %d clean samples", detector.name, record.name, len(suspects), len(clean)
         )
@@ -112,5 +111,5 @@ def _searched(train: PoisonedSet, clean: torch.Tensor, run: DetectionRun) -> Poi
     if run.images is not None:
         if run.images > len(rest):
             raise UserError(f"--images {run.images} is more than the {len(rest)} training images that may be searched")
-        rest = rest[torch.randperm(len(rest), generator=generator(run.random_seed, "searched"))[: run.images]]
-    return train.subset(rest.sort().values)
+        rest = rest[drawn(len(rest), run.images, generator(run.random_seed, "searched"))]
+    return train.subset(rest)
