@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from torch import nn
 
 from ulrl.defenses.margin import CLIMB, margins_from_noise
+from ulrl.defenses.ulrl import ULRL
 from ulrl.defenses.universal import STEPS, smallest_universal
+from ulrl.defenses.unlearning import Unlearned
 from ulrl.machine import plain_defaults, threads_for
-from ulrl.own_model.given import UNREADABLE, Augment, Images, Progress, make_method, make_monitor, prepare, say
+from ulrl.own_model.given import UNREADABLE, Augment, Given, Images, Progress, make_method, make_monitor, prepare, say
 from ulrl.seeds import generator, global_stream
+from ulrl.training import Monitor
 
 BACKDOORED, UNCERTAIN, NO_EVIDENCE, NO_VERDICT = "backdoored", "uncertain", "no evidence found", "no verdict"
 
@@ -118,46 +122,12 @@ def suspect(
         none = pd.DataFrame(columns=["change", "z", "flagged", "perturbation", "reach", "margin"])
         say(given.notes)
         return Suspicion(NO_VERDICT, None, math.nan, math.nan, none, report)
-    pixels = clean.spec.height * clean.spec.width
-    with threads_for(pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
-        ranking, unlearned, _ = defense.diagnose(given.model, clean, monitor)
-        order = torch.from_numpy(ranking.z.where(ranking.change > ranking.change.median(), 0).to_numpy(copy=True))
-        classes = order.argsort(descending=True, stable=True)[:SEARCH_CLASSES].to(clean.device)
-        drawn = torch.randperm(len(clean), generator=generator(defense.random_seed, "search"))[:SEARCH_SAMPLES]
-        few = clean.subset(drawn)
-        with monitor.stage("search", STEPS) as stage:
-            norms = smallest_universal(given.model, few, classes, stage, amp=defense.amp)
-        with monitor.stage("margin", CLIMB) as stage:
-            margins = margins_from_noise(
-                given.model, few, classes, stage, amp=defense.amp, random_seed=defense.random_seed
-            )
-    ranking["perturbation"] = pd.Series(norms.cpu().double().numpy(), index=classes.tolist())
-    usual = ranking.perturbation.median()
-    ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
-    ranking["margin"] = pd.Series(margins.cpu().double().numpy(), index=classes.tolist())
+    ranking, unlearned = _examine(given, defense, monitor)
     of_two = len(ranking) == 2  # both have a z of 0.67 then, whatever the model
     label, verdict = decide(ranking, searched=unlearned.reached and not of_two)
     if len(clean) < TOO_FEW:
         verdict = UNCERTAIN
-    if of_two:
-        given.notes.append(
-            "a model of two classes is always called uncertain: neither class can stand out from the other"
-        )
-    if len(clean) < TOO_FEW:
-        given.notes.append(
-            f"{len(clean)} images are too few for another verdict than uncertain, which takes {TOO_FEW}; "
-            f"give {FEW} or more"
-        )
-    elif len(clean) < FEW:
-        given.notes.append(
-            f"{len(clean)} images are few for a verdict, which may be another one on others; give {FEW} or more"
-        )
-    if not unlearned.reached:
-        given.notes.append(
-            f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "
-            f"{defense.clean_threshold:g}, so the ranking says little; raise unlearning_lr or unlearning_epochs, "
-            "options of the method ulrl"
-        )
+    given.notes.extend(_cautions(len(clean), of_two, unlearned, defense))
     say(given.notes)
     report |= {
         "verdict": verdict,
@@ -168,6 +138,45 @@ def suspect(
         "evidence": unlearned.evidence,
     }
     return Suspicion(verdict, label, report["z"], report["reach"], ranking, report)
+
+
+def _examine(given: Given, defense: ULRL, monitor: Monitor) -> tuple[pd.DataFrame, Unlearned]:
+    """The ranking with all its columns, and how the unlearning for it went."""
+    model, clean = given.model, given.clean
+    with threads_for(clean.spec.pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
+        ranking, unlearned, _ = defense.diagnose(model, clean, monitor)
+        order = torch.from_numpy(ranking.z.where(ranking.change > ranking.change.median(), 0).to_numpy(copy=True))
+        classes = order.argsort(descending=True, stable=True)[:SEARCH_CLASSES].to(clean.device)
+        drawn = torch.randperm(len(clean), generator=generator(defense.random_seed, "search"))[:SEARCH_SAMPLES]
+        few = clean.subset(drawn)
+        with monitor.stage("search", STEPS) as stage:
+            norms = smallest_universal(model, few, classes, stage, amp=defense.amp)
+        with monitor.stage("margin", CLIMB) as stage:
+            margins = margins_from_noise(model, few, classes, stage, amp=defense.amp, random_seed=defense.random_seed)
+    ranking["perturbation"] = pd.Series(norms.cpu().double().numpy(), index=classes.tolist())
+    usual = ranking.perturbation.median()
+    ranking["reach"] = ranking.perturbation / usual if usual < float("inf") else float("nan")
+    ranking["margin"] = pd.Series(margins.cpu().double().numpy(), index=classes.tolist())
+    return ranking, unlearned
+
+
+def _cautions(samples: int, of_two: bool, unlearned: Unlearned, defense: ULRL) -> Iterator[str]:
+    """What makes the verdict worth less, a sentence each."""
+    if of_two:
+        yield "a model of two classes is always called uncertain: neither class can stand out from the other"
+    if samples < TOO_FEW:
+        yield (
+            f"{samples} images are too few for another verdict than uncertain, which takes {TOO_FEW}; "
+            f"give {FEW} or more"
+        )
+    elif samples < FEW:
+        yield f"{samples} images are few for a verdict, which may be another one on others; give {FEW} or more"
+    if not unlearned.reached:
+        yield (
+            f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "
+            f"{defense.clean_threshold:g}, so the ranking says little; raise unlearning_lr or unlearning_epochs, "
+            "options of the method ulrl"
+        )
 
 
 def decide(ranking: pd.DataFrame, searched: bool = True) -> tuple[int, str]:
