@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from ulrl.defenses.signs import SIGNS, SUSPICIOUS, look_for_signs
+from ulrl.defenses.ulrl import ULRL
+from ulrl.defenses.unlearning import Unlearned
 from ulrl.machine import plain_defaults, threads_for
 from ulrl.own_model.given import UNREADABLE, Augment, Images, Progress, make_method, make_monitor, prepare, say
 from ulrl.seeds import global_stream
@@ -108,8 +111,7 @@ def suspect(
         none = pd.DataFrame(columns=["change", "z", "flagged", *SIGNS])
         say(given.notes)
         return Suspicion(NO_VERDICT, None, math.nan, none, report)
-    pixels = clean.spec.height * clean.spec.width
-    with threads_for(pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
+    with threads_for(clean.spec.pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
         ranking, unlearned, _ = defense.diagnose(given.model, clean, monitor)
         signs = look_for_signs(given.model, clean, monitor, amp=defense.amp, random_seed=defense.random_seed)
     ranking = ranking.join(signs)
@@ -117,25 +119,7 @@ def suspect(
     label, verdict = decide(ranking)
     if of_two or len(clean) < TOO_FEW:
         verdict = UNCERTAIN
-    if of_two:
-        given.notes.append(
-            "a model of two classes is always called uncertain: neither class can stand out from the other"
-        )
-    if len(clean) < TOO_FEW:
-        given.notes.append(
-            f"{len(clean)} images are too few for another verdict than uncertain, which takes {TOO_FEW}; "
-            f"give {FEW} or more"
-        )
-    elif len(clean) < FEW:
-        given.notes.append(
-            f"{len(clean)} images are few for a verdict, which may be another one on others; give {FEW} or more"
-        )
-    if not unlearned.reached:
-        given.notes.append(
-            f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "
-            f"{defense.clean_threshold:g}, so z says little; raise unlearning_lr or unlearning_epochs, "
-            "options of the method ulrl"
-        )
+    given.notes.extend(_cautions(len(clean), of_two, unlearned, defense))
     say(given.notes)
     report |= {
         "verdict": verdict,
@@ -145,6 +129,25 @@ def suspect(
         "unlearning": unlearned.evidence,
     }
     return Suspicion(verdict, label, report["evidence"], ranking, report)
+
+
+def _cautions(samples: int, of_two: bool, unlearned: Unlearned, defense: ULRL) -> Iterator[str]:
+    """What makes a diagnosis worth less, a sentence each."""
+    if of_two:
+        yield "a model of two classes is always called uncertain: neither class can stand out from the other"
+    if samples < TOO_FEW:
+        yield (
+            f"{samples} images are too few for another verdict than uncertain, which takes {TOO_FEW}; "
+            f"give {FEW} or more"
+        )
+    elif samples < FEW:
+        yield f"{samples} images are few for a verdict, which may be another one on others; give {FEW} or more"
+    if not unlearned.reached:
+        yield (
+            f"unlearning ended at an accuracy of {unlearned.accuracy:.3f}, above its goal of "
+            f"{defense.clean_threshold:g}, so z says little; raise unlearning_lr or unlearning_epochs, "
+            "options of the method ulrl"
+        )
 
 
 def decide(ranking: pd.DataFrame) -> tuple[int, str]:
