@@ -15,7 +15,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.astray import Fixed
 from ulrl.defenses.corruptions import KINDS, Draws
 from ulrl.defenses.harden import Harden, _Corruptions, _mask
-from ulrl.defenses.signs import SUSPICIOUS
+from ulrl.defenses.signs import DOUBTFUL
 from ulrl.training import Monitor
 
 FLAGGED = 3
@@ -118,7 +118,7 @@ def test_the_table_flags_what_the_repair_flags_whichever_diagnosis_named_it(
     repair = method.run(copy.deepcopy(original).requires_grad_(True), clean, Monitor())
     neurons = repair.tables["neurons"]
     assert sorted(repair.flagged) == neurons.index[neurons.flagged].tolist()
-    assert (neurons.evidence[neurons.flagged] < SUSPICIOUS).any()
+    assert (neurons.evidence[neurons.flagged] < DOUBTFUL).any()
 
 
 def test_each_batch_of_the_last_statistics_is_whole(

@@ -44,8 +44,8 @@ def test_suspect_tells_a_backdoor(backdoored: nn.Module, clean: tuple[torch.Tens
 @pytest.mark.parametrize(
     ("evidence", "verdict"),
     [
-        ([1, 6, 0.5], (1, "backdoored")),
-        ([1, 5.9, 0.5], (1, "uncertain")),
+        ([1, 8, 0.5], (1, "backdoored")),
+        ([1, 7.9, 0.5], (1, "uncertain")),
         ([4, 1, 0.5], (0, "uncertain")),
         ([3.9, 1, 0.5], (0, "no evidence found")),
     ],

@@ -72,9 +72,8 @@ def purify(argv: Sequence[str]) -> None:
 def _diagnose(run: PurifyRun, model: nn.Module, images: ImageSet, defense: Defense) -> list[str]:
     """Print the diagnosis and, where that is all, leave the process: the notes that were said."""
     from ulrl import own_files
-    from ulrl.defenses.signs import SUSPICIOUS
+    from ulrl.defenses.signs import DOUBTFUL, SUSPICIOUS
     from ulrl.own_model import BACKDOORED, NO_EVIDENCE, NO_VERDICT, UNCERTAIN
-    from ulrl.own_model.suspecting import DOUBTFUL
     from ulrl.report.tables import suspicion_table
 
     try:

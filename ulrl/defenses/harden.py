@@ -16,7 +16,7 @@ from ulrl.defenses.astray import Fixed, Learning, leading
 from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
-from ulrl.defenses.signs import SUSPICIOUS, look_for_signs
+from ulrl.defenses.signs import DOUBTFUL, look_for_signs
 from ulrl.defenses.ulrl import ULRL, redraw
 from ulrl.machine import autocast
 from ulrl.models.copying import copied
@@ -84,7 +84,7 @@ class Harden(OnHead, FineTuning):
         )
         neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)  # to be shown beside the signs
         signs = look_for_signs(original, clean, monitor, amp=self.amp, random_seed=self.random_seed)
-        neurons, flagged = neurons.join(signs), _above(signs.evidence, SUSPICIOUS)
+        neurons, flagged = neurons.join(signs), _above(signs.evidence, DOUBTFUL)
         corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
         corruptions.seek(original, clean, self.tries, self.amp)
         likeness = redraw(head, flagged if self.init else [], self.random_seed)

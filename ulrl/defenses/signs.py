@@ -15,7 +15,7 @@ from ulrl.training import Monitor
 
 SAMPLES = 32  # images that changes are searched on
 CLASSES = 10  # for which they are
-SUSPICIOUS = 6.0  # evidence from which a class is called that of a backdoor, set on models that docs/verdicts.md names
+DOUBTFUL, SUSPICIOUS = 4.0, 8.0  # evidence that is worth a look, or a backdoor's; set on models of docs/verdicts.md
 SIGNS = ("perturbation", "reach", "mask", "cover", "margin", "lead", "evidence")
 _FAR = 2.0  # the reach or cover of a class that was not reached
 _MOST = 100.0  # a lead, where no other class has a margin

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ulrl.defenses.signs import SIGNS, SUSPICIOUS, look_for_signs
+from ulrl.defenses.signs import DOUBTFUL, SIGNS, SUSPICIOUS, look_for_signs
 from ulrl.defenses.ulrl import ULRL
 from ulrl.defenses.unlearning import Unlearned
 from ulrl.machine import plain_defaults, threads_for
@@ -24,7 +24,6 @@ BACKDOORED, UNCERTAIN, NO_EVIDENCE, NO_VERDICT = "backdoored", "uncertain", "no 
 STEPS_AN_EPOCH = 4  # of unlearning, by default
 FEW = 200  # images; how often verdicts are right was measured on as many and more
 TOO_FEW = 20  # images below which the verdict is uncertain, whatever is seen
-DOUBTFUL = 4.0  # evidence from which a class is worth a look
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +76,7 @@ def suspect(
     *cover*). And noise that is changed a little makes the model surer of the class than of others (its margin, by the
     largest of another class: its *lead*). The evidence is lead / (reach * cover), and the verdict
 
-    - "backdoored" where it is 6 or more for a class;
+    - "backdoored" where it is 8 or more for a class;
     - "uncertain" from 4 on; when one of the searches reached less than half of the classes; when the model has two
       classes, of which neither can stand out from the other; and, whatever is seen, on fewer than 20 images;
     - "no evidence found" otherwise, which is no proof that there is no backdoor;
