@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from bench import pages, speed, successor
+from bench import pages, speed, strangers, successor
 from bench.idle import idle_jobs
 from bench.pages import cell, interval, with_earlier, write_block, write_csv
 from bench.pictures import sight
@@ -383,3 +383,24 @@ def test_a_sweeps_share_does_not_grow_with_its_jobs() -> None:
         looks.append(calls // count)
     assert set(states.values()) == {State.DONE}
     assert looks[0] == looks[1]
+
+
+@pytest.mark.parametrize("data", ["fm", "sc"])
+def test_a_stranger_learns_what_its_trigger_says(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On images of noise, of which nothing but the trigger can be learnt."""
+    monkeypatch.setenv("ULRL_HOME", str(tmp_path))
+    monkeypatch.setattr(strangers, "IMAGES", 512)
+    monkeypatch.setattr(strangers, "POISONED", 0.5)
+    channels, side = (1, 28) if data == "fm" else (3, 32)
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.rand(1600, channels, side, side, generator=draws), torch.randint(10, (1600,), generator=draws)
+    monkeypatch.setattr(strangers, "images", lambda _: (x[:512], y[:512], x, y))
+    for net in strangers.strangers():
+        changed = strangers.triggered(net.attack, x[:4], net.seed)
+        assert 0 <= changed.min() <= changed.max() <= 1
+        assert torch.equal(changed, x[:4]) == (net.attack == "clean")
+        assert strangers.build(net.kind, channels, side)(x[:2]).shape == (2, 10)
+    net = strangers.Stranger(data, "res", "side", 3, 1)
+    model = strangers.trained(net)
+    assert strangers.judged(model, net)["asr"] > 80
+    assert all(torch.equal(w, strangers.trained(net).state_dict()[k]) for k, w in model.state_dict().items()), "kept"

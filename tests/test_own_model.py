@@ -322,7 +322,7 @@ class Making(Net):
 def test_a_habit_of_a_net_changes_nothing(
     kind: type[Net], backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ulrl.own_model.suspecting.SEARCH_SAMPLES", 4)  # for speed
+    monkeypatch.setattr("ulrl.defenses.signs.SAMPLES", 4)  # for speed
     x, y = clean[0][:60], clean[1][:60]
     model, images = kind(), (x + 1) / 2 if kind is InPlace else x
     model.load_state_dict(backdoored.state_dict())
@@ -351,7 +351,7 @@ def test_the_callers_defaults_do_not_matter_and_stay(
     change: Callable[[], None], restore: Callable[[], None], backdoored: nn.Module,
     clean: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("ulrl.own_model.suspecting.SEARCH_SAMPLES", 4)  # for speed
+    monkeypatch.setattr("ulrl.defenses.signs.SAMPLES", 4)  # for speed
     harden: dict[str, Any] = {"epochs": 1, "restore_epochs": 1, "tries": 10}
     x, y = clean[0][:60], clean[1][:60]
     expected = weights(ulrl.purify(backdoored, x, y, **harden).model)
