@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +20,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from ulrl.cli import main
-from ulrl.report.frame import frame_of_runs
+from ulrl.report.frame import FIGURES, frame_of_runs, select
 from ulrl.report.looks import looks_of
-from ulrl.report.pooling import summarise
+from ulrl.report.pooling import best_of, summarise
 from ulrl.report.results import find_runs
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -181,6 +183,53 @@ def test_headline_and_ranking_are_of_the_shared_records(browser: Browser, tmp_pa
     assert [e for e in browser.texts("#heat tbody th") if "did not take" in e] == ["sigdid not take"]
     browser.click("input[name=duds]")
     assert "On 4 shared records" in browser.texts("#headline")[0]
+    assert browser.complaints() == []
+
+
+LINES = """[...document.querySelectorAll("#board tbody tr")].map((row) => [
+    row.querySelector("button").getAttribute("aria-label").replace(/^\\d+ runs? of | \\(epochs.*/g, ""),
+    row.classList.contains("apart"),
+    ...[...row.querySelectorAll(".number")].map((e) => e.innerText.split("\\n")[0] + (e.querySelector("b") ? "!" : "")),
+])"""
+
+
+@pytest.mark.parametrize("seed", [1, 7])  # in 7 there are lines with half of the records, which is enough
+def test_the_page_ranks_as_the_tables_do(seed: int, browser: Browser, tmp_path: Path) -> None:
+    """The rule is written twice, as the page filters where there is no Python; here both are given the same runs."""
+    rng, root = random.Random(seed), tmp_path / "record"
+    kinds: dict[str, dict[str, Any]] = {
+        "ulrl": {}, "slow": {"options": {"epochs": 5}}, "ft": {"method": "ft"}, "fp": {"method": "fp"},
+        "clp": {"method": "clp", "options": {"ratio": 0.05}}, "nc": {"method": "nc", "options": {"ratio": 0.05}},
+        "rnp": {"method": "rnp", "oracle": {"acc": 0.9, "asr": 0.01, "ra": 0.8}},
+        "b3d": {"method": "b3d", "repairs": False},
+    }  # fmt: skip
+    for record in range(9):
+        runs: dict[str, dict[str, Any]] = {}
+        for name, k in itertools.product(kinds, range(3)):
+            if rng.random() < (0.2 if name == "fp" else 0.6):
+                figures = {"acc": rng.random(), "asr": rng.random(), "ra": rng.choice([0.5, None]), "der": rng.random()}
+                runs[f"{name}_{k}"] = kinds[name] | figures | {"seed": rng.choice([0, k])}
+        about = {"dataset": rng.choice(["a", "b"]), "seed": record, "took": rng.random() < 0.8}
+        write_record(root / str(record), rng.choice(["badnet", "sig"]), runs, **about)
+    browser.start(report(root, tmp_path / "report.html"))
+    frame = frame_of_runs(find_runs(root)[0])
+    for duds, where in itertools.product((False, True), ("", "attack=sig", "dataset=a", "attack=badnet,dataset=b")):
+        if duds and not where:
+            browser.click("input[name=duds]")
+            frame["took"] = True
+        browser.click("#filters button")
+        for condition in filter(None, where.split(",")):
+            browser.choose(*condition.split("="))
+        summary = summarise(select(frame, where), "defense")
+        assert summary.ranked.any()
+        best, counts = best_of(summary).assign(seconds=False), ["n", "records"] if summary.records.max() > 1 else ["n"]
+        expected = []
+        for i, line in summary.iterrows():
+            means = {key: line[f"{key}_mean"] * (1 if key == "seconds" else 100) for key in FIGURES}
+            texts = {k: "–" if v != v else f"{v:.1f}" if k == "seconds" else f"{v:.2f}" for k, v in means.items()}
+            figures = [texts[key] + "!" * int(best.loc[i, key]) for key in FIGURES]
+            expected.append([line.defense, not line.ranked, *figures, *map(str, line[counts])])
+        assert sorted(browser.run(LINES)) == sorted(expected), where
     assert browser.complaints() == []
 
 
