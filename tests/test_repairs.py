@@ -17,6 +17,7 @@ from ulrl.data.batches import Batches
 from ulrl.data.datasets import SPECS
 from ulrl.data.imageset import ImageSet, InputSet
 from ulrl.defenses import otbr
+from ulrl.defenses.abl import ABL
 from ulrl.defenses.base import DEFENSES, Repair
 from ulrl.defenses.bti_dbf import BTIDBF, _Generator
 from ulrl.defenses.cbd import _Critic
@@ -325,6 +326,16 @@ def test_ssft_trains_one_stage() -> None:
     moved = [name for name, w in model.named_parameters() if not torch.equal(w, before.get_parameter(name))]
     assert {name.split(".")[0] for name in moved} == {stage}
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["LGA", "Flooding"])
+def test_abl_drives_a_loss_up_below_its_bound_and_down_above(how: str) -> None:
+    abl = ABL(gradient_ascent_type=how, gamma=0.5, flooding=0.5)
+    logits = torch.zeros(1, 2, requires_grad=True)
+    for right, sign in [(0.0, -1), (2.0, 1)]:  # losses of .69 and .13
+        objective, _ = abl._held(lambda x: logits + x, torch.tensor([[right, 0.0]]), torch.tensor([0]))  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad(objective, logits)
+        assert gradient[0, 0].sign() == sign, "a step against it lowers the right class's logit where positive"
 
 
 def test_cbds_critic_is_held_to_a_norm_of_one_and_is_blind_to_equal_features() -> None:
