@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -63,6 +64,73 @@ def test_what_leads_far_is_used_more_and_never_twice_the_same(clean: ImageSet) -
     drawn = [strong.near(draws, 1)(images) for _ in range(200)]  # anew, but for the size of its cells
     nearer, far = ((torch.cat(made) - strong(images)).abs().mean().item() for made in (near, drawn))
     assert 0 < nearer < far / 2
+
+
+def test_half_of_the_corrupted_images_bear_what_is_known(clean: ImageSet, original: nn.Module) -> None:
+    method, x = corruptions(clean), normalise(torch.full((64, 1, 8, 8), 100), clean.spec)
+    asked: list[tuple[int, float]] = []
+    for i in range(2):
+
+        def change(images: torch.Tensor, strength: torch.Tensor, which: int = i) -> torch.Tensor:
+            asked.extend((which, share) for share in strength.flatten().tolist())
+            return images * 0 + (2 * which - 1) * 100
+
+        method.known = [*method.known, change]
+    changed = method(x)
+    low, high = normalise(torch.tensor([[0.0, 255.0]])[..., None, None], clean.spec).flatten()
+    bearing = torch.tensor([[low, high][which] for which, _ in asked])
+    assert len(asked) == 32
+    assert {which for which, _ in asked} == {0, 1}
+    assert all(0.5 <= share <= 1 for _, share in asked)
+    assert torch.allclose(changed[:32].mean((1, 2, 3)), bearing, atol=1e-4), "within what a pixel may be"
+    assert ((changed[32:] - low).abs().mean((1, 2, 3)) > 0.01).all()
+
+
+@pytest.mark.parametrize(("evidence", "pace"), [(DOUBTFUL + 1, 0.5), (DOUBTFUL - 1, 1.0)])
+def test_a_class_that_is_named_is_aimed_at_and_treated_gently(
+    clean: ImageSet, original: nn.Module, monkeypatch: pytest.MonkeyPatch, evidence: float, pace: float
+) -> None:
+    found, rates, known = {k: (torch.add, torch.mul) for k in range(10)}, [], []
+
+    def signs(*_: object, **__: object) -> tuple[pd.DataFrame, object]:
+        return pd.DataFrame({"evidence": [evidence if k == FLAGGED else 0.0 for k in range(10)]}), found
+
+    def train(*given: object) -> None:
+        rates.append(given[5])
+        known.append(given[6].known)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("ulrl.defenses.harden.look_for_signs", signs)
+    monkeypatch.setattr(Harden, "_train", lambda self, model, data, monitor, stage, epochs, lr, made, objective: train(
+        self, model, data, stage, epochs, lr, made))  # fmt: skip
+    method = Harden(amp=False, tries=16, lr=0.2, restore_lr=0.1, gentle=0.5)
+    method.run(copy.deepcopy(original).requires_grad_(True), clean, Monitor())
+    assert rates == [0.2 * pace, 0.1 * pace]
+    assert [len(some) for some in known] == ([2, 2] if pace < 1 else [0, 0])
+
+
+def test_mixtures_keep_what_the_original_says_but_on_flagged_classes(clean: ImageSet, original: nn.Module) -> None:
+    """In hardening."""
+    others = clean.subset((clean.labels != FLAGGED).nonzero().flatten())
+    x, y = normalise(others.images, clean.spec), others.labels
+
+    class Bent(nn.Module):
+        """The original, but for what it says of one class to images that are nowhere plain."""
+
+        def __init__(self, label: int) -> None:
+            super().__init__()
+            self.label = label
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            new = torch.tensor([not (x == image).flatten(1).all(1).any() for image in given]).float()
+            return original(given) + 3 * new[:, None] * torch.eye(10)[self.label]
+
+    def loss(asked: nn.Module) -> float:
+        mask = _mask([FLAGGED], clean)
+        objective = Harden(alpha=0)._hardening(asked, mask, corruptions(clean), lambda: torch.zeros(()))
+        return objective(original, x, y)[0].item()
+
+    assert loss(Bent(FLAGGED)) == loss(original)
+    assert loss(Bent(FLAGGED + 1)) > loss(original) + 0.1
 
 
 def test_restoring_does_not_hear_the_original_on_flagged_classes(clean: ImageSet, original: nn.Module) -> None:

@@ -78,27 +78,45 @@ def test_evidence_is_the_product_of_the_signs(
     """Of the classes in the order of their margins, as they are searched."""
     order = np.argsort(margins)[::-1].copy()
     monkeypatch.setattr(signs, "margins_from_noise", lambda *_, **__: torch.tensor(margins).float())
-    monkeypatch.setattr(signs.universal, "smallest_universal", lambda *_, **__: torch.tensor(norms)[order].float())
-    monkeypatch.setattr(signs.overlay, "smallest_overlay", lambda *_, **__: torch.tensor(sizes)[order].float())
+    for search, sizes_found in (("universal.smallest_universal", norms), ("overlay.smallest_overlay", sizes)):
+        found_by_class = torch.tensor(sizes_found)[order].float()
+        monkeypatch.setattr(f"ulrl.defenses.{search}", lambda *_, found=found_by_class, **__: (found, [None] * 3))
     clean = ImageSet(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.arange(3), SPEC)
-    found = signs.look_for_signs(nn.Identity(), clean, Monitor(), amp=False, random_seed=0)
+    found, _ = signs.look_for_signs(nn.Identity(), clean, Monitor(), amp=False, random_seed=0)
     assert found.evidence.tolist() == pytest.approx(evidence)
 
 
 def test_of_many_classes_those_with_the_largest_margins_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[list[int]] = []
 
-    def search(model: nn.Module, data: ImageSet, classes: torch.Tensor, stage: object, *, amp: bool) -> torch.Tensor:
+    def search(
+        model: nn.Module, data: ImageSet, classes: torch.Tensor, stage: object, *, amp: bool
+    ) -> tuple[torch.Tensor, list[None]]:
         searched.append(classes.tolist())
-        return torch.ones(len(classes))
+        return torch.ones(len(classes)), [None] * len(classes)
 
     monkeypatch.setattr(signs, "margins_from_noise", lambda *_, **__: torch.arange(30.0))
     monkeypatch.setattr(signs.universal, "smallest_universal", search)
     monkeypatch.setattr(signs.overlay, "smallest_overlay", search)
     clean = ImageSet(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), torch.arange(30), replace(SPEC, num_classes=30))
-    found = signs.look_for_signs(nn.Identity(), clean, Monitor(), amp=False, random_seed=0)
+    found, _ = signs.look_for_signs(nn.Identity(), clean, Monitor(), amp=False, random_seed=0)
     assert searched == [list(range(29, 19, -1))] * 2
     assert (found.evidence > 0).tolist() == found.reach.notna().tolist() == [False] * 20 + [True] * 10
+
+
+def test_the_changes_found_are_of_the_sizes_told_and_lead_to_their_class(
+    backdoored: nn.Module, clean: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    spec = replace(SPECS["digits"], mean=(0.5,), std=(0.5,))
+    data = ImageSet(((clean[0] + 1) * 127.5).round().byte(), clean[1], spec)
+    table, ways = signs.look_for_signs(backdoored, data, Monitor(), amp=False, random_seed=0)
+    x, others = clean[0], clean[1] != TARGET
+    for way, size in zip(ways[TARGET], table.loc[TARGET, ["perturbation", "mask"]], strict=True):
+        whole, none = (way(x, torch.full((len(x), 1, 1, 1), strength)) for strength in (1.0, 0.0))
+        assert torch.equal(none, x)
+        assert (backdoored(whole).argmax(1) == TARGET)[others].float().mean() > 0.8
+        told = way.perturbation.norm() / 2 if isinstance(way, signs.universal.Added) else way.mask.sum()
+        assert told.item() == pytest.approx(size, rel=1e-4)
 
 
 def test_the_target_alone_bears_all_signs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,7 +16,7 @@ from ulrl.defenses.astray import Fixed, Learning, leading
 from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
-from ulrl.defenses.signs import DOUBTFUL, look_for_signs
+from ulrl.defenses.signs import DOUBTFUL, Change, look_for_signs
 from ulrl.defenses.ulrl import ULRL, redraw
 from ulrl.machine import autocast
 from ulrl.models.copying import copied
@@ -26,6 +26,7 @@ from ulrl.training import Monitor, Objective, measure_statistics
 _NEVER = -1e4  # the logit of a class that is left out
 _LOOKS = 4  # passes over the clean images that the classes' excess is measured on
 _ASIDE = 0.3  # step from a corruption that was found, at most
+_EACH = 4  # images in a row that are given the same of the known changes
 _SHOWN = 512  # clean images, at most, on which corruptions that lead astray are sought
 
 
@@ -38,9 +39,11 @@ class Harden(OnHead, FineTuning):
     1. Harden. Of each batch one half stays plain and the other is corrupted, a quarter of it near those of
        `tries` corruptions that lead the original furthest to each class. The loss is `label_weight` *
        cross-entropy + KL(original on the plain image || model) + `keep_weight` * KL at temperature `temperature` over
-       the plain half. The classes for which there is evidence (see `signs`) have their rows of the head drawn anew
-       before, `alpha` times their cosine with what they were is added, and on images of other classes they are left
-       out of both divergences.
+       the plain half and over mixtures of it (mixup). The classes for which there is evidence (see `signs`) have their
+       rows of the head drawn anew before, `alpha` times their cosine with what they were is added, and on images of
+       other classes they are left out of the divergences. What is known is treated at its place: half of the
+       corrupted images bear the smallest changes that were found to these classes, and all rates are `gentle` times
+       what they are where nothing is known.
     2. Name. A class's *excess* is how much more probable it is to the original than to the hardened model on corrupted
        images of other classes. Classes with more than `excess` of it are suspicious, too: flagged are those that both
        diagnoses name or, where they share none, all that either names.
@@ -72,6 +75,7 @@ class Harden(OnHead, FineTuning):
     excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
     restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
+    gentle: float = option(0.4, "factor of both rates where the signs name a class", low=0)
     hold_weight: float = option(1.0, "weight of corrupted images in restoring; twice, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
 
@@ -83,12 +87,14 @@ class Harden(OnHead, FineTuning):
             batch_size=self.batch_size, amp=self.amp, random_seed=self.random_seed, linear_name=self.linear_name
         )
         neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)  # to be shown beside the signs
-        signs = look_for_signs(original, clean, monitor, amp=self.amp, random_seed=self.random_seed)
+        signs, ways = look_for_signs(original, clean, monitor, amp=self.amp, random_seed=self.random_seed)
         neurons, flagged = neurons.join(signs), _above(signs.evidence, DOUBTFUL)
+        pace = self.gentle if flagged else 1.0
         corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
         corruptions.seek(original, clean, self.tries, self.amp)
+        corruptions.known = [way for k in flagged for way in ways[k]]
         likeness = redraw(head, flagged if self.init else [], self.random_seed)
-        self._train(model, clean, monitor, "harden", self.epochs, self.lr, corruptions,
+        self._train(model, clean, monitor, "harden", self.epochs, pace * self.lr, corruptions,
                     self._hardening(original, _mask(flagged, clean), corruptions, likeness))  # fmt: skip
         neurons["excess"] = self._excess(original, model, clean, corruptions).cpu().numpy()
         evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
@@ -97,7 +103,7 @@ class Harden(OnHead, FineTuning):
         neurons["flagged"] = neurons.index.isin(flagged)
         if self.restore_epochs:
             hold = self.hold_weight * (2 if named else 1)
-            self._train(model, clean, monitor, "restore", self.restore_epochs, self.restore_lr, corruptions,
+            self._train(model, clean, monitor, "restore", self.restore_epochs, pace * self.restore_lr, corruptions,
                         self._restoring(original, _mask(flagged, clean), corruptions, hold))  # fmt: skip
         return Repair(model, flagged, {**evidence, "named_by_excess": named}, {"neurons": neurons})
 
@@ -117,14 +123,21 @@ class Harden(OnHead, FineTuning):
         self, original: nn.Module, flagged: torch.Tensor, corruptions: _Corruptions,
         likeness: Callable[[], torch.Tensor],
     ) -> Objective:  # fmt: skip
+        unflagged = (~flagged).nonzero().flatten()
+
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
-            logits = model(torch.cat([x[:plain], corruptions(x[plain:])])).float()
+            mixed, _, _ = corruptions.mixed(x, plain)
+            answers, to_mixed = original(torch.cat([x, mixed])).float().tensor_split([len(x)])
+            inputs = torch.cat([x[:plain], corruptions(x[plain:]), mixed])
+            logits, of_mixed = model(inputs).float().tensor_split([len(x)])
             hidden = flagged & ~flagged[y][:, None]
-            told, answers = logits.masked_fill(hidden, _NEVER), original(x).float().masked_fill(hidden, _NEVER)
+            told, answers = logits.masked_fill(hidden, _NEVER), answers.masked_fill(hidden, _NEVER)
             loss = self.label_weight * F.cross_entropy(logits, y) + _divergence(told, answers, 1)
-            kept = _divergence(told[:plain], answers[:plain], self.temperature) * plain / len(x)
-            return loss + self.keep_weight * kept + self.alpha * likeness(), logits.detach().argmax(1) == y
+            kept = _divergence(told[:plain], answers[:plain], self.temperature)
+            kept = kept + _divergence(of_mixed[:, unflagged], to_mixed[:, unflagged], self.temperature)
+            loss = loss + self.keep_weight * kept * plain / len(x) + self.alpha * likeness()
+            return loss, logits.detach().argmax(1) == y
 
         return objective
 
@@ -152,8 +165,8 @@ class Harden(OnHead, FineTuning):
 
         def objective(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             plain = len(x) // 2
-            other, share = corruptions.draws.order(len(x)), corruptions.draws.uniform(len(x), 1, 1, 1)
-            inputs = torch.cat([x[:plain], x[other].lerp(x, share)])
+            mixed, other, share = corruptions.mixed(x, len(x))
+            inputs = torch.cat([x[:plain], mixed])
             answers, held = original(torch.cat([inputs, x[plain:]])).float().tensor_split([len(inputs)])
             told, heard = model(torch.cat([inputs, corruptions(x[plain:])])).float().tensor_split([len(inputs)])
             loss = self.keep_weight * _divergence(told[:, kept], answers[:, kept], self.temperature)
@@ -171,11 +184,13 @@ class Harden(OnHead, FineTuning):
 
 
 class _Corruptions:
-    """Normalised images in and out: the first of a batch corrupted at random, the last by what learns."""
+    """Normalised images in and out: the first of a batch bear what is known, the next are corrupted at random, the last
+    by what learns."""
 
     def __init__(self, spec: DatasetSpec, draws: Draws, learning_share: float) -> None:
         self.draws, self.learning = draws, Learning(draws)
         self._spec, self._share = spec, learning_share
+        self.known: Sequence[Change] = ()  # the changes that half of the images are to bear, one of them each
         self._found: list[Fixed] = []
         self._leads = torch.empty(0)
 
@@ -197,13 +212,25 @@ class _Corruptions:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            images = self._shown(x)
-            first = len(x) - round(self._share * len(x))
+            known = len(x) // 2 if self.known else 0
+            bearing = self._shown(torch.cat([self._borne(part) for part in x[:known].split(_EACH)])) if known else x[:0]
+            images = self._shown(x[known:])
+            first = len(images) - round(self._share * len(images))
             found = first // 2 if self._found else 0
             parts = images[:found].split(2) if found else ()
-            changed = [self._sought()(part) for part in parts]
+            changed = [bearing, *(self._sought()(part) for part in parts)]
             changed += [corrupt(images[found:first], self.draws), self.learning.apply(images[first:])]
             return normalise(torch.cat(changed) * 255, self._spec)
+
+    def _borne(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images with one of the known changes, each half as strong as it was found or more."""
+        return self.known[self.draws.below(len(self.known))](x, 1 - self.draws.uniform(len(x), 1, 1, 1) / 2)
+
+    def mixed(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first `count` images, each mixed with another of the batch; which, int64 [count], and their own share,
+        float [count, 1, 1, 1]."""
+        other, share = self.draws.order(len(x))[:count], self.draws.uniform(count, 1, 1, 1)
+        return x[other].lerp(x[:count], share), other, share
 
     def random(self, x: torch.Tensor) -> torch.Tensor:
         """As a call, but all of the batch corrupted at random: by nothing that was sought or that learns."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,10 +19,21 @@ _RATE, _COST, _PACE, _GOAL = 0.1, 0.002, 1.3, 0.9
 _FIRST = -1.0  # what the masks begin with, before the sigmoid: a quarter of every pixel
 
 
+@dataclass(frozen=True)
+class Painted:
+    """An overlay for normalised images: mask [1, H, W] in [0, 1], picture [C, H, W]."""
+
+    mask: torch.Tensor
+    picture: torch.Tensor
+
+    def __call__(self, images: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+        return images.lerp(self.picture, strength * self.mask)
+
+
 def smallest_overlay(
     model: nn.Module, data: ImageSet, classes: torch.Tensor, progress: Stage, *, amp: bool
-) -> torch.Tensor:
-    """Per class the size in pixels of the smallest mask found: float [len(classes)], infinite for none.
+) -> tuple[torch.Tensor, list[Painted]]:
+    """Per class the size in pixels of the smallest mask found, float [len(classes)], infinite for none; the overlays.
 
     A mask (a value in (0, 1) for each pixel) and a pattern in the range of `data`, for each of `classes` (int64, on the
     device), are laid over all images of `data`, and have succeeded when 90% of those that are not of the class are
@@ -39,6 +52,7 @@ def smallest_overlay(
     optimizer = torch.optim.Adam([masks, patterns], _RATE, betas=(0.5, 0.9))
     cost = torch.full((count,), _COST, device=device)
     best = torch.full((count,), torch.inf, device=device)
+    found = torch.zeros_like(masks), torch.zeros_like(patterns)
     with still(model):
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -54,8 +68,11 @@ def smallest_overlay(
                 (loss * foreign[part]).sum().backward()
                 success[part] = ((logits.argmax(1) == wanted).view(-1, len(x)) * foreign[part]).sum(1)
             good = success >= _GOAL
-            best = torch.where(good, torch.minimum(best, sizes.detach()), best)
+            better = good & (sizes.detach() < best)
+            best = torch.where(better, sizes.detach(), best)
+            for kept, now in zip(found, (masks, patterns), strict=True):
+                kept[better] = now.detach()[better].sigmoid()
             cost = torch.where(good, cost * _PACE, cost / _PACE).clamp(1e-5, 1)
             optimizer.step()
             progress.step()
-    return best
+    return best, [Painted(*overlay) for overlay in zip(found[0], low + found[1] * (high - low), strict=True)]

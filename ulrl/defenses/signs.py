@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -17,13 +19,14 @@ SAMPLES = 32  # images that changes are searched on
 CLASSES = 10  # for which they are
 DOUBTFUL, SUSPICIOUS = 4.0, 8.0  # evidence that is worth a look, or a backdoor's; set on models of docs/verdicts.md
 SIGNS = ("perturbation", "reach", "mask", "cover", "margin", "lead", "evidence")
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # images [B, ...], strengths [B, 1, 1, 1] -> images
 _FAR = 2.0  # the reach or cover of a class that was not reached
 _MOST = 100.0  # a lead, where no other class has a margin
 
 
 def look_for_signs(
     model: nn.Module, clean: ImageSet, monitor: Monitor, *, amp: bool, random_seed: int
-) -> pd.DataFrame:  # fmt: skip
+) -> tuple[pd.DataFrame, dict[int, tuple[Change, Change]]]:  # fmt: skip
     """Three signs of each class, and how much they say together; `model` is left as it was.
 
     To the class of a backdoor it is a short way from any image, which is measured in two ways: how large a change has
@@ -38,15 +41,16 @@ def look_for_signs(
         of the largest margins. reach: that as a share of the median; NaN where it was found for less than half. mask:
         the pixels of the smallest part found, and cover: its share of the median, likewise. margin: see
         `margins_from_noise`. lead: the margin by the largest one of another class, in [0, 100]. evidence: 0 where none
-        was searched.
+        was searched. And of each class that was searched the two changes, of normalised images and by a strength of 1;
+        one that was not found does nothing.
     """
     few = clean.subset(torch.randperm(len(clean), generator=generator(random_seed, "search"))[:SAMPLES])
     with monitor.stage("margin", CLIMB) as stage:
         margins = margins_from_noise(model, few, stage, amp=amp, random_seed=random_seed)
     classes = margins.argsort(descending=True, stable=True)[:CLASSES]
     with monitor.stage("search", universal.STEPS + overlay.STEPS) as stage:
-        norms = universal.smallest_universal(model, few, classes, stage, amp=amp)
-        masks = overlay.smallest_overlay(model, few, classes, stage, amp=amp)
+        norms, added = universal.smallest_universal(model, few, classes, stage, amp=amp)
+        masks, painted = overlay.smallest_overlay(model, few, classes, stage, amp=amp)
     signs = pd.DataFrame(index=pd.RangeIndex(clean.spec.num_classes, name="class"))
     for name, share, sizes in (("perturbation", "reach", norms), ("mask", "cover", masks)):
         signs[name] = pd.Series(sizes.cpu().double().numpy(), index=classes.tolist())
@@ -54,9 +58,9 @@ def look_for_signs(
         signs[share] = signs[name] / usual if np.isfinite(usual) else np.nan
     signs["margin"] = margins.cpu().double().numpy()
     signs["lead"] = _lead(signs.margin.to_numpy())
-    ways = signs[["reach", "cover"]].fillna(1).clip(upper=_FAR).prod(axis=1)
-    signs["evidence"] = (signs.lead / ways).where(signs.perturbation.notna(), 0)
-    return signs
+    near = signs[["reach", "cover"]].fillna(1).clip(upper=_FAR).prod(axis=1)
+    signs["evidence"] = (signs.lead / near).where(signs.perturbation.notna(), 0)
+    return signs, {k: (one, other) for k, one, other in zip(classes.tolist(), added, painted, strict=True)}
 
 
 def _lead(margins: np.ndarray) -> np.ndarray:

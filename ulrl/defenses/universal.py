@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,10 +18,21 @@ STEPS = 80
 _RATE, _COST, _PACE, _GOAL = 0.06, 0.02, 1.3, 0.9
 
 
+@dataclass(frozen=True)
+class Added:
+    """A perturbation of normalised images: [C, H, W]."""
+
+    perturbation: torch.Tensor
+
+    def __call__(self, images: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+        return images + strength * self.perturbation
+
+
 def smallest_universal(
     model: nn.Module, data: ImageSet, classes: torch.Tensor, progress: Stage, *, amp: bool
-) -> torch.Tensor:
-    """Per class the L2 norm of the smallest universal perturbation found: float [len(classes)], infinite for none.
+) -> tuple[torch.Tensor, list[Added]]:
+    """Per class the L2 norm of the smallest universal perturbation found, float [len(classes)], infinite for none; and
+    the perturbation.
 
     One perturbation for each of `classes` (int64, on the device) is added to all images of `data`, cut to
     their range, and has succeeded when 90% of the images that are not of the class are called so. Adam on
@@ -37,6 +50,7 @@ def smallest_universal(
     optimizer = torch.optim.Adam([delta], _RATE)
     cost = torch.full((count,), _COST, device=device)
     best = torch.full((count,), torch.inf, device=device)
+    found = torch.zeros_like(delta)
     with still(model):
         for _ in range(STEPS):
             norms, success = delta.flatten(1).norm(dim=1), torch.empty(count, device=device)
@@ -51,8 +65,10 @@ def smallest_universal(
                 (loss * foreign[part]).sum().backward()
                 success[part] = ((logits.argmax(1) == wanted).view(-1, len(x)) * foreign[part]).sum(1)
             good = success >= _GOAL
-            best = torch.where(good, torch.minimum(best, norms.detach()), best)
+            better = good & (norms.detach() < best)
+            best = torch.where(better, norms.detach(), best)
+            found[better] = delta.detach()[better]
             cost = torch.where(good, cost * _PACE, cost / _PACE).clamp(1e-3, 10)
             optimizer.step()
             progress.step()
-    return best
+    return best, [Added(perturbation) for perturbation in found * scale]

@@ -112,7 +112,7 @@ def suspect(
         return Suspicion(NO_VERDICT, None, math.nan, none, report)
     with threads_for(clean.spec.pixels, clean.device), global_stream(defense.random_seed, "purify", clean.device):
         ranking, unlearned, _ = defense.diagnose(given.model, clean, monitor)
-        signs = look_for_signs(given.model, clean, monitor, amp=defense.amp, random_seed=defense.random_seed)
+        signs, _ = look_for_signs(given.model, clean, monitor, amp=defense.amp, random_seed=defense.random_seed)
     ranking = ranking.join(signs)
     of_two = len(ranking) == 2
     label, verdict = decide(ranking)
