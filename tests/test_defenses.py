@@ -85,7 +85,8 @@ EXPECTED = {
     "otbr": Expected(asr=1.0, ra=0.0, records=("badnet",)),
     "pam": Expected(asr=0.85, loss=0.15, ra=0.1, records=("badnet",)),  # of a few epochs
     "recover_trigger": Expected(asr=1.0, loss=0.0, ra=0.0, flags=("badnet",), records=("badnet",)),  # repairs nothing
-    "rnp": Expected(loss=0.15, ra=0.6, records=("channel",)),
+    # More gently than the digits' settings: at their rate one draw in five left the victim as it was.
+    "rnp": Expected(loss=0.15, ra=0.6, records=("channel",), given={"unlearning_lr": 0.0005}),
     "sau": Expected(),
     "ssft": Expected(asr=1.0, ra=0.0, records=("badnet",)),  # one connection of a shallow net is not enough of it
     "tsbd": Expected(loss=0.2, records=("badnet",)),  # the other takes as long and tells no more
@@ -212,7 +213,7 @@ def test_every_defense_has_a_row() -> None:
 @pytest.mark.parametrize(("name", "record"), [(name, r) for name, row in EXPECTED.items() for r in row.records])
 def test_defense_repairs_a_backdoor(name: str, record: str, repaired: Repaired) -> None:
     row, result = EXPECTED[name], repaired(name, record).result
-    assert result["before"]["asr"] > 0.95
+    assert result["before"]["asr"] > 0.9
     assert result["after"]["asr"] <= row.asr
     assert result["after"]["acc"] >= result["before"]["acc"] - row.loss
     assert result["after"]["ra"] >= row.ra
