@@ -59,7 +59,7 @@ class Expected:
 # The bars hold for victims that differ in seed and in how their processor rounds, which was tried: what one machine
 # reached is no bar.
 EXPECTED = {
-    "abl": Expected(asr=0.6, loss=0.3, records=("badnet",)),  # of a few epochs
+    "abl": Expected(asr=0.3, loss=0.3, ra=0.6, records=("badnet",)),  # of a few epochs
     "anp": Expected(asr=0.7, loss=0.5, ra=0.2, records=("badnet",)),
     "b3d": Expected(asr=1.0, loss=0.0, ra=0.0, records=("badnet",)),  # repairs nothing; what it finds: test_queries.py
     "ban": Expected(asr=0.9, ra=0.1, records=("badnet",)),  # of a few epochs
@@ -344,7 +344,7 @@ def test_found_trigger_is_like_the_true_one(name: str, repaired: Repaired) -> No
     assert judged["class"] == TARGET
     assert judged["cosine"] > 0.35
     # The others seek on an unlearned model: how far what they find turns the original is chance, 1% was seen.
-    assert judged["turned"] > (0.25 if name == "nc" else 0)
+    assert judged["turned"] > 0.25 or name != "nc"
     with np.load(outcome.folder / "trigger.npz") as found:
         assert found["true_mask"].sum() == found["true_mask"][-2:, -2:].sum() > 0
         assert found["mask"][-3:, -3:].sum() > found["mask"].sum() / 3

@@ -90,22 +90,15 @@ def test_half_of_the_corrupted_images_bear_what_is_known(clean: ImageSet, origin
 def test_a_class_that_is_named_is_aimed_at_and_treated_gently(
     clean: ImageSet, original: nn.Module, monkeypatch: pytest.MonkeyPatch, evidence: float, pace: float
 ) -> None:
-    found, rates, known = {k: (torch.add, torch.mul) for k in range(10)}, [], []
-
-    def signs(*_: object, **__: object) -> tuple[pd.DataFrame, object]:
-        return pd.DataFrame({"evidence": [evidence if k == FLAGGED else 0.0 for k in range(10)]}), found
-
-    def train(*given: object) -> None:
-        rates.append(given[5])
-        known.append(given[6].known)  # type: ignore[attr-defined]
-
-    monkeypatch.setattr("ulrl.defenses.harden.look_for_signs", signs)
-    monkeypatch.setattr(Harden, "_train", lambda self, model, data, monitor, stage, epochs, lr, made, objective: train(
-        self, model, data, stage, epochs, lr, made))  # fmt: skip
+    table = pd.DataFrame({"evidence": [evidence if k == FLAGGED else 0.0 for k in range(10)]})
+    ways = {k: (f"{k} added", f"{k} painted") for k in range(10)}
+    stages: list[tuple[float, list[str]]] = []
+    monkeypatch.setattr("ulrl.defenses.harden.look_for_signs", lambda *_, **__: (table, ways))
+    monkeypatch.setattr(Harden, "_train", lambda *given: stages.append((given[6], given[7].known)))
     method = Harden(amp=False, tries=16, lr=0.2, restore_lr=0.1, gentle=0.5)
     method.run(copy.deepcopy(original).requires_grad_(True), clean, Monitor())
-    assert rates == [0.2 * pace, 0.1 * pace]
-    assert [len(some) for some in known] == ([2, 2] if pace < 1 else [0, 0])
+    known = list(ways[FLAGGED]) if pace < 1 else []
+    assert stages == [(0.2 * pace, known), (0.1 * pace, known)]
 
 
 def test_mixtures_keep_what_the_original_says_but_on_flagged_classes(clean: ImageSet, original: nn.Module) -> None:

@@ -52,7 +52,7 @@ def smallest_overlay(
     optimizer = torch.optim.Adam([masks, patterns], _RATE, betas=(0.5, 0.9))
     cost = torch.full((count,), _COST, device=device)
     best = torch.full((count,), torch.inf, device=device)
-    found = torch.zeros_like(masks), torch.zeros_like(patterns)
+    where, what = torch.zeros_like(masks), torch.zeros_like(patterns)
     with still(model):
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -70,9 +70,11 @@ def smallest_overlay(
             good = success >= _GOAL
             better = good & (sizes.detach() < best)
             best = torch.where(better, sizes.detach(), best)
-            for kept, now in zip(found, (masks, patterns), strict=True):
-                kept[better] = now.detach()[better].sigmoid()
+            where, what = (
+                torch.where(better.view(-1, 1, 1, 1), now.detach().sigmoid(), kept)
+                for now, kept in ((masks, where), (patterns, what))
+            )
             cost = torch.where(good, cost * _PACE, cost / _PACE).clamp(1e-5, 1)
             optimizer.step()
             progress.step()
-    return best, [Painted(*overlay) for overlay in zip(found[0], low + found[1] * (high - low), strict=True)]
+    return best, [Painted(*overlay) for overlay in zip(where, low + what * (high - low), strict=True)]

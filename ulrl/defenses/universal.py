@@ -67,7 +67,7 @@ def smallest_universal(
             good = success >= _GOAL
             better = good & (norms.detach() < best)
             best = torch.where(better, norms.detach(), best)
-            found[better] = delta.detach()[better]
+            found = torch.where(better.view(-1, 1, 1, 1), delta.detach(), found)  # an index would wait for the device
             cost = torch.where(good, cost * _PACE, cost / _PACE).clamp(1e-3, 10)
             optimizer.step()
             progress.step()
