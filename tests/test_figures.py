@@ -121,15 +121,18 @@ def test_ranking_marks_the_true_target_wherever_it_is(tmp_path: Path) -> None:
     change = np.linspace(20, 0, 60)
     neurons = pd.DataFrame({"change": change, "z": np.abs(change - 10), "flagged": change > 15})
     for target, said in ((2, True), (57, True), (None, False)):
-        plots.neuron_ranking(tmp_path / "a.svg", neurons, 3.5, (), target, format="svg")
+        plots.neuron_ranking(tmp_path / "a.svg", neurons, {"z": 3.5}, (), target, format="svg")
         drawing = (tmp_path / "a.svg").read_text()
         assert ("true target" in drawing) == said
         assert (">57<" in drawing) == (target == 57), "also where its z is not among the highest"
         assert "excess" not in drawing
-    plots.neuron_ranking(tmp_path / "a.svg", neurons.assign(excess=0.1, evidence=2.0), 3.5, (), 2, format="svg")
-    for panel in ("excess, points", "evidence"):
-        assert f">{panel}<" in (tmp_path / "a.svg").read_text()
-    plots.neuron_ranking(tmp_path / "a.svg", neurons, 3.5, ("shirt", "shoe"), 2, format="svg")
+    more, bounds = neurons.assign(excess=0.1, evidence=2.0), {"evidence": 4, "excess": 0.08}
+    plots.neuron_ranking(tmp_path / "a.svg", more, bounds, (), 2, format="svg")
+    drawing = (tmp_path / "a.svg").read_text()
+    for words in ("excess", "evidence", "threshold 4", "threshold 0.08"):
+        assert f">{words}<" in drawing
+    assert "threshold 3.5" not in drawing, "where z flags nobody it has none"
+    plots.neuron_ranking(tmp_path / "a.svg", neurons, {"z": 3.5}, ("shirt", "shoe"), 2, format="svg")
     drawing = (tmp_path / "a.svg").read_text()
     assert ">1 shoe<" in drawing
     assert ">2<" in drawing, "a stranger's table may have more classes than the data set"

@@ -104,7 +104,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     })  # fmt: skip
     folder = record / "defense" / "ulrl_0"
     Image.new("RGB", (64, 20), (10, 200, 30)).save(record / "trigger_thumbnail.png")
-    (folder / "neurons.csv").write_text("class,change,z,flagged\n0,9.5,8.0,True\n1,1.0,0.5,False\n2,0.5,0.4,False\n")
+    ranked = ("class,change,z,evidence,flagged", "0,9.5,8.0,9.0,True", "1,1.0,0.5,1.5,False", "2,0.5,0.4,1.0,False")
+    (folder / "neurons.csv").write_text("\n".join(ranked))
     (folder / "ulrl_df.csv").write_text("stage,epoch,loss,acc,test_asr\nunlearn,1,3,0.1,1\nrelearn,1,0.5,0.8,0.1\n")
     write_record(root / "record" / "two", HOSTILE, {"ulrl": {"record": HOSTILE}}, dataset=HOSTILE)
     write(root / "record" / "broken", {"kind": "attack"})
@@ -299,7 +300,7 @@ def test_a_point_leads_to_its_run(browser: Browser, page: Path) -> None:
         assert word in section.text
     assert "ulrl defense ulrl --ratio 0.01 --index none --result_file one" in section.text
     assert "test ASR" in section.text
-    assert "0, true target" in section.text
+    assert section.text.count("0, true target") == 2, "a panel for each sign, z and the evidence"
     picture = section.find_element(By.TAG_NAME, "img")
     assert browser.run("arguments[0].naturalWidth", picture) == 120
     assert "trigger" in str(picture.get_attribute("alt"))

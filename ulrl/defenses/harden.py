@@ -87,7 +87,7 @@ class Harden(OnHead, FineTuning):
         diagnosis = ULRL(
             batch_size=self.batch_size, amp=self.amp, random_seed=self.random_seed, linear_name=self.linear_name
         )
-        neurons, unlearned, spread = diagnosis.diagnose(model, clean, monitor)  # to be shown beside the signs
+        neurons, unlearned, _ = diagnosis.diagnose(model, clean, monitor)  # to be shown beside the signs
         signs, ways = look_for_signs(original, clean, monitor, amp=self.amp, random_seed=self.random_seed)
         neurons, flagged = neurons.join(signs), _above(signs.evidence, DOUBTFUL)
         pace = self.gentle if flagged else 1.0
@@ -98,7 +98,8 @@ class Harden(OnHead, FineTuning):
         self._train(model, clean, monitor, "harden", self.epochs, pace * self.lr, corruptions,
                     self._hardening(original, _mask(flagged, clean), corruptions, likeness))  # fmt: skip
         neurons["excess"] = self._excess(original, model, clean, corruptions).cpu().numpy()
-        evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [], **spread}
+        evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [],
+                    "evidence_threshold": DOUBTFUL, "excess_threshold": self.excess}  # fmt: skip
         named = _above(neurons.excess, self.excess)
         flagged = [k for k in named if k in flagged] or [*flagged, *named]
         neurons["flagged"] = neurons.index.isin(flagged)

@@ -30,7 +30,7 @@ from ulrl.errors import UserError
 from ulrl.files import whole_file
 from ulrl.report.frame import ORACLE, frame_of_runs
 from ulrl.report.looks import PALETTE, looks_of
-from ulrl.report.plots import highest, signed_z
+from ulrl.report.plots import highest, signs_of
 from ulrl.report.pooling import variants
 from ulrl.report.results import (
     Run,
@@ -147,15 +147,15 @@ def _details(run: Run) -> dict[str, Any]:
 
 
 def _neurons(run: Run) -> list[dict[str, Any]] | None:
-    """Class, signed robust z and mark of the classes with the highest z; the true target is named."""
+    """Class, mark and signs of the classes with the highest z; the true target is named."""
     table, names = neurons_of(run), class_names(run)
     if table is None:
         return None
-    signed, target = signed_z(table), run.result.get("target")
+    signs, target = signs_of(table), run.result.get("target")
     return [
         {"name": (f"{k} {names[k]}" if 0 <= k < len(names) else str(k)) + ", true target" * (k == target),
-         "z": _short(signed[k]), "flagged": bool(table.flagged[k])}
-        for k in highest(signed, target)
+         "flagged": bool(table.flagged[k]), **{sign: _short(heights[k]) for sign, heights in signs.items()}}
+        for k in highest(signs["z"], target)
     ]  # fmt: skip
 
 

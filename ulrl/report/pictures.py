@@ -13,6 +13,7 @@ from PIL import Image
 from ulrl.data.datasets import SPECS
 from ulrl.files import whole_file
 from ulrl.report import plots
+from ulrl.report.results import thresholds
 from ulrl.runs.common import SAMPLES_FILE
 from ulrl.runs.triggers import TRIGGER_FILE
 
@@ -45,7 +46,7 @@ def draw(folder: Path) -> None:
         spec = SPECS.get(result["dataset"])
         names = spec.class_names if spec else ()
         with whole_file(folder / "neuron_ranking.png") as partial:
-            plots.neuron_ranking(partial, neurons, result["evidence"]["z_threshold"], names, result.get("target"))
+            plots.neuron_ranking(partial, neurons, thresholds(result), names, result.get("target"))
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from ulrl.errors import UserError, one_line
 from ulrl.report.frame import NO_DEFENSE
 from ulrl.report.looks import BLUE, GREY, ORANGE, PALETTE, SHAPES, looks_of
 from ulrl.report.pooling import in_order, summarise
-from ulrl.report.results import brief
+from ulrl.report.results import SIGNS, brief
 
 MARKERS = tuple(SHAPES.values())
 PAPER_WIDTH, PAPER_FONT = 3.3, 7.0  # inches, the width of a column; points, what is still read in print
@@ -85,27 +85,28 @@ def highest(signed: pd.Series, target: int | None, count: int = 40) -> list[int]
     return order[:count] + [k for k in order[count:] if k == target]
 
 
+def signs_of(neurons: pd.DataFrame) -> dict[str, pd.Series]:
+    """What the classes are ranked by, of SIGNS: the z of unlearning, and what Harden names them by besides."""
+    return {"z": signed_z(neurons)} | {sign: neurons[sign] for sign in list(SIGNS)[1:] if sign in neurons}
+
+
 def neuron_ranking(
-    path: Path, neurons: pd.DataFrame, threshold: float, class_names: Sequence[str], target: int | None,
+    path: Path, neurons: pd.DataFrame, thresholds: Mapping[str, float], class_names: Sequence[str], target: int | None,
     format: str = "png", paper: bool = False,
 ) -> None:  # fmt: skip
-    """Bars of each class's robust z (negative below the median), the flagged and the true target marked; the threshold.
-    Below them what Harden names classes by, where there are these columns: evidence, and excess.
+    """Bars of each class's robust z (negative below the median), the flagged and the true target marked, and
+    below them those of its other signs; at each the threshold above which it flags a class, if it does.
 
-    neurons: index class; columns change (L1 weight change), z, flagged. target: None where it is not one, or not known.
+    neurons: index class; columns change (L1 weight change), z, flagged, and evidence and excess if it is Harden's.
+    thresholds: by sign. target: None where it is not one, or not known.
     """
-    signed = signed_z(neurons)
-    order = highest(signed, target, 15 if paper else 40)
+    panels = signs_of(neurons)
+    order = highest(panels["z"], target, 15 if paper else 40)
     named = [f"{k} {class_names[k]}" if 0 <= k < len(class_names) else str(k) for k in order]
-    panels = {"robust z of the weight change": signed}
-    if "evidence" in neurons:
-        panels["evidence"] = neurons.evidence
-    if "excess" in neurons:
-        panels["excess, points"] = 100 * neurons.excess
     width, height = (PAPER_WIDTH, 2.3) if paper else (max(6.0, 0.32 * len(order) + 2), 3.8)
     figure = Figure(figsize=(width, height * (0.4 + 0.6 * len(panels))), layout="constrained")
     axes: list[Axes] = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0].tolist()
-    for ax, (what, heights) in zip(axes, panels.items(), strict=True):
+    for ax, (sign, heights) in zip(axes, panels.items(), strict=True):
         for words, colour, own in (("flagged", ORANGE, True), ("not flagged", BLUE, False)):
             places = [x for x, k in enumerate(order) if neurons.flagged[k] == own]
             if places:
@@ -114,12 +115,15 @@ def neuron_ranking(
             at = order.index(target)
             ax.bar(at, heights[target], facecolor="none", edgecolor="black", linewidth=1.4, label="true target")
         ax.margins(y=0.12)
-        ax.set_ylabel(what)
+        if sign in thresholds:
+            bound = thresholds[sign]
+            ax.axhline(bound, color=GREY, linestyle="--", linewidth=1, label=f"threshold {bound:g}")
+        ax.set_ylabel(SIGNS[sign])
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
-    axes[0].legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False)
     if not paper:
-        axes[0].set_title("Change of each class's row of the head in unlearning")
+        one = "Change of each class's row of the head in unlearning"
+        axes[0].set_title(one if len(panels) == 1 else "Signs of a backdoor, by class")
     if len(order) < len(neurons):
         axes[-1].set_xlabel(f"class, highest {len(order)} of {len(neurons)}")
     turn, end = (50, "right") if len(order) > 12 or class_names else (0, "center")

@@ -79,17 +79,20 @@ def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | Non
         return None
 
 
+# What classes are ranked by: the z of unlearning, and what Harden names them by besides.
+SIGNS = {"z": "robust z of the weight change", "evidence": "evidence", "excess": "excess"}
+
+
 def neurons_of(run: Run) -> pd.DataFrame | None:
-    """The ranking of classes that unlearning gave: index class; columns change, z, flagged, and those that
-    Harden names classes by, evidence and excess."""
+    """The ranking of classes: index class; columns change, flagged, z, and the other SIGNS that there are."""
     types = {"class": "int64", "change": "float64", "z": "float64", "flagged": "bool"}
     table = read_table(run, "neurons.csv", types)
-    own = [name for name in ("evidence", "excess") if table is not None and name in table]
+    own = [name for name in SIGNS if table is not None and name in table]
     if own:
         table = read_table(run, "neurons.csv", {**types, **dict.fromkeys(own, "float64")})
     if table is None or not table["class"].is_unique:
         return None
-    if not (table[["change", "z", *own]].abs() < LARGEST).all(axis=None):
+    if not (table[["change", *own]].abs() < LARGEST).all(axis=None):
         return None
     return table.set_index("class")
 
@@ -100,20 +103,26 @@ def class_names(run: Run) -> tuple[str, ...]:
     return spec.class_names if spec else ()
 
 
-def load_ranking(folder: Path) -> tuple[pd.DataFrame, float, tuple[str, ...], int | None]:
-    """Neuron ranking, its threshold, the classes' names, and the true target of the run in `folder`.
+def thresholds(result: dict[str, Any]) -> dict[str, float]:
+    """Of each sign that flags classes in this run: above what it does."""
+    found = {sign: result["evidence"].get(f"{sign}_threshold") for sign in SIGNS}
+    return {sign: bound for sign, bound in found.items() if _is_number(bound)}
+
+
+def load_ranking(folder: Path) -> tuple[pd.DataFrame, dict[str, float], tuple[str, ...], int | None]:
+    """Neuron ranking, its thresholds, the classes' names, and the true target of the run in `folder`.
 
     Raises:
         UserError: no run there, or one without a ranking.
     """
     run = next((run for run in find_runs(folder)[0] if run.folder == folder), None)
     table = neurons_of(run) if run else None
-    threshold = run.result["evidence"].get("z_threshold") if run else None
-    if run is None or table is None or threshold is None or not _is_number(threshold):
+    bounds = thresholds(run.result) if run else {}
+    if run is None or table is None or not bounds:
         raise UserError(
             f"{folder} is not the folder of a defense that ranks neurons; name one, such as record/NAME/defense/ulrl"
         )
-    return table, threshold, class_names(run), run.result.get("target")
+    return table, bounds, class_names(run), run.result.get("target")
 
 
 def may_show(file: Path, folder: Path) -> bool:

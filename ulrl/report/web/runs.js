@@ -104,18 +104,23 @@ function copy(command, button) {
   if (navigator.clipboard) navigator.clipboard.writeText(command).then(() => done(true), () => done(false));
   else done(false);
 }
+const SIGNS = { z: "robust z of the weight change", evidence: "evidence", excess: "excess" };
 function drawRanking(element, detail) {
-  const threshold = { data: { values: [{ z: detail.evidence.z_threshold }] }, mark: { type: "rule", strokeDash: [5, 3], color: "currentColor" },
-    encoding: { x: { field: "z", type: "quantitative" } } };
-  draw(element, {
-    height: 40 + 17 * detail.neurons.length, description: "Robust z of each class's weight change in unlearning; flagged classes are marked.",
-    layer: [
-      { data: { values: detail.neurons.map((neuron) => ({ ...neuron, mark: neuron.flagged ? "flagged" : "not flagged" })) }, mark: { type: "bar", tooltip: true },
-        encoding: { y: { field: "name", type: "nominal", sort: null, title: null }, x: { field: "z", type: "quantitative", title: "robust z of the weight change" },
-          color: { field: "mark", scale: { domain: ["flagged", "not flagged"], range: [COLOURS[1], COLOURS[0]] }, legend: { orient: "bottom", title: null } } } },
-      ...(typeof detail.evidence.z_threshold === "number" ? [threshold] : []),
-    ],
-  });
+  const values = detail.neurons.map((neuron) => ({ ...neuron, mark: neuron.flagged ? "flagged" : "not flagged" }));
+  for (const [sign, title] of Object.entries(SIGNS).filter(([sign]) => sign in values[0])) {
+    const bound = detail.evidence[`${sign}_threshold`], panel = element.appendChild(h("div", { class: "plot" }));
+    const threshold = { data: { values: [{ bound }] }, mark: { type: "rule", strokeDash: [5, 3], color: "currentColor" },
+      encoding: { x: { field: "bound", type: "quantitative" } } };
+    draw(panel, {
+      height: 40 + 17 * values.length, description: `The ${title} of each class; flagged classes are marked.`,
+      layer: [
+        { data: { values }, mark: { type: "bar", tooltip: true },
+          encoding: { y: { field: "name", type: "nominal", sort: null, title: null }, x: { field: sign, type: "quantitative", title },
+            color: { field: "mark", scale: { domain: ["flagged", "not flagged"], range: [COLOURS[1], COLOURS[0]] }, legend: { orient: "bottom", title: null } } } },
+        ...(typeof bound === "number" ? [threshold] : []),
+      ],
+    });
+  }
 }
 const SERIES = { acc: "ACC on its samples", test_acc: "test ACC", test_asr: "test ASR", test_ra: "test RA" };
 function drawCurves(element, curves) {
