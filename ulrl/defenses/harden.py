@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -41,9 +41,9 @@ class Harden(OnHead, FineTuning):
        cross-entropy + KL(original on the plain image || model) + `keep_weight` * KL at temperature `temperature` over
        the plain half and over mixtures of it (mixup). The classes for which there is evidence (see `signs`) have their
        rows of the head drawn anew before, `alpha` times their cosine with what they were is added, and on images of
-       other classes they are left out of the divergences. What is known is treated at its place: half of the
-       corrupted images bear the smallest changes that were found to these classes, and all rates are `gentle` times
-       what they are where nothing is known.
+       other classes they are left out of the divergences. What is known is treated at its place: a quarter of
+       the corrupted images bear the smallest changes that were found to these classes (in restoring, to the flagged
+       ones), and both rates are `gentle` times what they are where nothing is known.
     2. Name. A class's *excess* is how much more probable it is to the original than to the hardened model on corrupted
        images of other classes. Classes with more than `excess` of it are suspicious, too: flagged are those that both
        diagnoses name or, where they share none, all that either names.
@@ -76,7 +76,7 @@ class Harden(OnHead, FineTuning):
     excess: float = option(0.08, "a class with more excess is suspicious", low=0, high=1)
     restore_epochs: int = option(60, "epochs of restoring; 0: none", low=0)
     restore_lr: float = option(0.01, "learning rate of restoring", low=0)
-    gentle: float = option(0.4, "factor of both rates where the signs name a class", low=0)
+    gentle: float = option(0.5, "factor of both rates where the signs name a class", low=0)
     hold_weight: float = option(1.0, "weight of corrupted images in restoring; twice, where there was an excess", low=0)
     clip: float = option(5.0, "bound on the gradient norm", low=0)
 
@@ -93,7 +93,7 @@ class Harden(OnHead, FineTuning):
         pace = self.gentle if flagged else 1.0
         corruptions = _Corruptions(clean.spec, Draws(self.random_seed, clean.device), self.learning_share)
         corruptions.seek(original, clean, self.tries, self.amp)
-        corruptions.known = [way for k in flagged for way in ways[k]]
+        corruptions.aim(ways, flagged)
         likeness = redraw(head, flagged if self.init else [], self.random_seed)
         self._train(model, clean, monitor, "harden", self.epochs, pace * self.lr, corruptions,
                     self._hardening(original, _mask(flagged, clean), corruptions, likeness))  # fmt: skip
@@ -103,6 +103,7 @@ class Harden(OnHead, FineTuning):
         named = _above(neurons.excess, self.excess)
         flagged = [k for k in named if k in flagged] or [*flagged, *named]
         neurons["flagged"] = neurons.index.isin(flagged)
+        corruptions.aim(ways, flagged)
         if self.restore_epochs:
             hold = self.hold_weight * (2 if named else 1)
             self._train(model, clean, monitor, "restore", self.restore_epochs, pace * self.restore_lr, corruptions,
@@ -192,7 +193,7 @@ class _Corruptions:
     def __init__(self, spec: DatasetSpec, draws: Draws, learning_share: float) -> None:
         self.draws, self.learning = draws, Learning(draws)
         self._spec, self._share = spec, learning_share
-        self.known: Sequence[Change] = ()  # the changes that half of the images are to bear, one of them each
+        self.known: list[Change] = []
         self._found: list[Fixed] = []
         self._leads = torch.empty(0)
 
@@ -208,13 +209,17 @@ class _Corruptions:
             found = leading(answers, self._shown(x), y, self.draws, tries)
             self._found, self._leads = list(found), torch.tensor(list(found.values())).clamp_min(0.01)
 
+    def aim(self, ways: Mapping[int, Sequence[Change]], classes: list[int]) -> None:
+        """From now on let a quarter of the images bear one each of the known `ways` to these classes."""
+        self.known = [way for k in classes for way in ways.get(k, ())]
+
     def _shown(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised images as the corruptions take them."""
         return (pixels(x, self._spec) / 255).clamp(0, 1)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            known = len(x) // 2 if self.known else 0
+            known = len(x) // 4 if self.known else 0
             bearing = self._shown(torch.cat([self._borne(part) for part in x[:known].split(_EACH)])) if known else x[:0]
             images = self._shown(x[known:])
             first = len(images) - round(self._share * len(images))
