@@ -16,7 +16,7 @@ from ulrl.data.imageset import ImageSet
 from ulrl.defenses.astray import Fixed
 from ulrl.defenses.corruptions import KINDS, Draws
 from ulrl.defenses.harden import Harden, _Corruptions, _mask
-from ulrl.defenses.signs import DOUBTFUL
+from ulrl.defenses.signs import DOUBTFUL, SUSPICIOUS
 from ulrl.training import Monitor
 
 FLAGGED = 3
@@ -86,10 +86,16 @@ def test_a_quarter_of_the_corrupted_images_bear_what_is_known(clean: ImageSet, o
     assert ((changed[16:] - low).abs().mean((1, 2, 3)) > 0.01).all()
 
 
-@pytest.mark.parametrize(("evidence", "pace"), [(DOUBTFUL + 1, 0.5), (DOUBTFUL - 1, 1.0)])
+@pytest.mark.parametrize(("evidence", "pace", "first", "flagged"), [
+    (DOUBTFUL - 1, 1.0, [], [FLAGGED + 1]),
+    (DOUBTFUL + 1, 0.5, [FLAGGED], [FLAGGED, FLAGGED + 1]),
+    (SUSPICIOUS + 1, 0.5, [FLAGGED], [FLAGGED]),
+])  # fmt: skip
 def test_a_class_that_is_named_is_aimed_at_and_treated_gently(
-    clean: ImageSet, original: nn.Module, monkeypatch: pytest.MonkeyPatch, evidence: float, pace: float
-) -> None:
+    clean: ImageSet, original: nn.Module, monkeypatch: pytest.MonkeyPatch,
+    evidence: float, pace: float, first: list[int], flagged: list[int],
+) -> None:  # fmt: skip
+    """First what the signs name, then what is flagged: whom the excess names, too, unless the evidence is enough."""
     table = pd.DataFrame({"evidence": [evidence if k == FLAGGED else 0.0 for k in range(10)]})
     ways = {k: (f"{k} added", f"{k} painted") for k in range(10)}
     stages: list[tuple[float, list[str]]] = []
@@ -99,8 +105,8 @@ def test_a_class_that_is_named_is_aimed_at_and_treated_gently(
     monkeypatch.setattr(Harden, "_excess", lambda *_: excess)
     method = Harden(amp=False, tries=16, lr=0.2, restore_lr=0.1, gentle=0.5)
     method.run(copy.deepcopy(original).requires_grad_(True), clean, Monitor())
-    known = list(ways[FLAGGED]) if pace < 1 else []
-    assert stages == [(0.2 * pace, known), (0.1 * pace, [*known, *ways[FLAGGED + 1]])], "then at what the excess names"
+    aims = [[way for k in classes for way in ways[k]] for classes in (first, flagged)]
+    assert stages == [(0.2 * pace, aims[0]), (0.1 * pace, aims[1])]
 
 
 def test_mixtures_keep_what_the_original_says_but_on_flagged_classes(clean: ImageSet, original: nn.Module) -> None:

@@ -16,7 +16,7 @@ from ulrl.defenses.astray import Fixed, Learning, leading
 from ulrl.defenses.base import OnHead, Repair, register
 from ulrl.defenses.corruptions import Draws, corrupt
 from ulrl.defenses.finetuning import FineTuning
-from ulrl.defenses.signs import DOUBTFUL, Change, look_for_signs
+from ulrl.defenses.signs import DOUBTFUL, SUSPICIOUS, Change, look_for_signs
 from ulrl.defenses.ulrl import ULRL, redraw
 from ulrl.machine import autocast
 from ulrl.models.copying import copied
@@ -46,7 +46,8 @@ class Harden(OnHead, FineTuning):
        ones), and both rates are `gentle` times what they are where nothing is known.
     2. Name. A class's *excess* is how much more probable it is to the original than to the hardened model on corrupted
        images of other classes. Classes with more than `excess` of it are suspicious, too: flagged are those that both
-       diagnoses name or, where they share none, all that either names.
+       diagnoses name. Where they share none, it is whom the signs name if there is evidence enough for a verdict
+       (`signs.SUSPICIOUS`), else all that either names.
     3. Restore, from the hardened weights: on plain images and on mixtures of two (mixup), `keep_weight` * KL at
        `temperature` from the original's answers *to the same input* over all classes that are not flagged, and for each
        flagged one the binary cross-entropy of it against the rest with the (mixed) labels. On corrupted images besides,
@@ -101,7 +102,8 @@ class Harden(OnHead, FineTuning):
         evidence = {"head": name, **unlearned.evidence, "reinitialised": flagged if self.init else [],
                     "evidence_threshold": DOUBTFUL, "excess_threshold": self.excess}  # fmt: skip
         named = _above(neurons.excess, self.excess)
-        flagged = [k for k in named if k in flagged] or [*flagged, *named]
+        certain = (neurons.evidence >= SUSPICIOUS).any()
+        flagged = [k for k in named if k in flagged] or (flagged if certain else [*flagged, *named])
         neurons["flagged"] = neurons.index.isin(flagged)
         corruptions.aim(ways, flagged)
         if self.restore_epochs:
