@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ulrl.files import home, whole_folder
+from ulrl.sweep import local
 from ulrl.sweep.jobs import Job
 from ulrl.sweep.local import LocalEngine
 from ulrl.sweep.scheduler import run_jobs
@@ -56,6 +59,7 @@ class Deaf(Job):
             (partial / "half").touch()
             if self.name == "learning":
                 (partial / self.keep).mkdir()
+            tqdm(disable=True)
             note(f"begin {self.name}")
             while True:
                 with contextlib.suppress(KeyboardInterrupt):
@@ -94,6 +98,15 @@ def study(records: int, defenses: int, seconds: float) -> list[Command]:
 def start(*arguments: object) -> subprocess.Popen[bytes]:
     """A sweep of that `study` in a process of its own, on two workers."""
     return subprocess.Popen([sys.executable, "-c", "import sweep_jobs; sweep_jobs.main()", *map(str, arguments)])
+
+
+def kill_one() -> None:
+    local._PATIENCE = 0.5
+    engine = LocalEngine(1, 1)
+    engine.start(Deaf(name="deaf", needs=None, alike=("attack",)))
+    while not noted(home()):
+        time.sleep(0.05)
+    engine.close()
 
 
 def main() -> None:

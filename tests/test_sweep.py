@@ -273,6 +273,12 @@ def test_what_a_deaf_job_has_half_written_is_taken_away(
     assert left == {".learning.partial", ".learning.partial/learned"}, "what the next try goes on from"
 
 
+def test_a_job_that_is_killed_leaves_no_words_of_multiprocessing(shared_home: Path) -> None:
+    code = "import sweep_jobs; sweep_jobs.kill_one()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ended.stderr == ""
+
+
 def test_two_sweeps_at_once_share_the_jobs(shared_home: Path, engine: LocalEngine) -> None:
     jobs = study(2, 4, 0.3)
     other = sweep_jobs.start(2, 4, 0.3)

@@ -17,6 +17,7 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 
 import torch
+from tqdm import tqdm
 
 from ulrl.files import clear_away, home
 from ulrl.sweep.jobs import Job, attempt
@@ -100,6 +101,8 @@ def _work(job: Job, folder: str, threads: int, gpu: str) -> None:
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
+    # Its own is a semaphore, which a process that is killed leaks, as the sweep's stderr would say.
+    tqdm.set_lock(threading.RLock())
     faulthandler.enable()
     with contextlib.suppress(KeyboardInterrupt):  # what SIGTERM, from `close`, becomes
         signal.signal(signal.SIGTERM, signal.default_int_handler)
