@@ -59,7 +59,7 @@ class Deaf(Job):
             (partial / "half").touch()
             if self.name == "learning":
                 (partial / self.keep).mkdir()
-            tqdm(disable=True)
+            tqdm(disable=True)  # as a training has one
             note(f"begin {self.name}")
             while True:
                 with contextlib.suppress(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import pandas as pd
 import pytest
@@ -69,13 +70,13 @@ def test_what_leads_far_is_used_more_and_never_twice_the_same(clean: ImageSet) -
 def test_a_quarter_of_the_corrupted_images_bear_what_is_known(clean: ImageSet, original: nn.Module) -> None:
     method, x = corruptions(clean), normalise(torch.full((64, 1, 8, 8), 100), clean.spec)
     asked: list[tuple[int, float]] = []
-    for i in range(2):
 
-        def change(images: torch.Tensor, strength: torch.Tensor, which: int = i) -> torch.Tensor:
-            asked.extend((which, share) for share in strength.flatten().tolist())
-            return images * 0 + (2 * which - 1) * 100
+    def change(which: int, images: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+        asked.extend((which, share) for share in strength.flatten().tolist())
+        return images * 0 + (2 * which - 1) * 100
 
-        method.known = [*method.known, change]
+    ways = [functools.partial(change, which) for which in range(3)]
+    method.aim({0: ways[:2], 1: ways[2:]}, [0, 9])  # that to 9 was not searched
     changed = method(x)
     low, high = normalise(torch.tensor([[0.0, 255.0]])[..., None, None], clean.spec).flatten()
     bearing = torch.tensor([[low, high][which] for which, _ in asked])

@@ -313,9 +313,12 @@ def results() -> Iterator[Case]:
             put(fabricated.write(folder, fabricated.result("attack" if attack else "defense")) / file, text)
 
         yield Case(f"page of {name}", beside, ["report", "results"], exits=(0,))
-    for name, z, excess in (("a z at the end of floats", "1.7976931348623157e308", 0), ("an excess of text", 1, "x"),
-                            ("an excess at the end of floats", 1, "1.7976931348623157e308")):  # fmt: skip
-        text = figures.format(z, excess)
+    for name, text in (
+        ("a z at the end of floats", figures.format("1.7976931348623157e308", 0)),
+        ("an excess of text", figures.format(1, "x")),
+        ("an excess at the end of floats", figures.format(1, "1.7976931348623157e308")),
+        ("no class", figures.splitlines()[0]),
+    ):
         yield Case(f"ranking with {name}", lambda p, t=text: put(fabricated.write(
                    p.home / "results/g/defense/u", fabricated.result(evidence={"z_threshold": 2})) / "neurons.csv", t),
                    ["plot", "ranking", "results/g/defense/u", "--out", "r.png"], ("ranks neurons",))  # fmt: skip

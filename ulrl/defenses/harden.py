@@ -60,8 +60,8 @@ class Harden(OnHead, FineTuning):
 
     Weights and corruptions were chosen by ASR and accuracy on four development records and a clean net (BadNets,
     Blended, WaNet, SSBA on fashion_scenes; `hold_weight` by accuracy, and tried on four more; seeking was tried on SIG,
-    LF and label-consistent; aiming, `gentle` and mixtures in hardening on plain nets, see docs/method.md), and are the
-    same for all. It sees clean samples only.
+    LF and label-consistent; mixtures in hardening on plain nets, whom to aim at, how often and `gentle` on those and on
+    the four, see docs/method.md), and are the same for all. It sees clean samples only.
     """
 
     batch_size: int = option(128, "clean images per step", low=2)

@@ -22,7 +22,7 @@ from ulrl.errors import UserError, one_line
 from ulrl.report.frame import NO_DEFENSE
 from ulrl.report.looks import BLUE, GREY, ORANGE, PALETTE, SHAPES, looks_of
 from ulrl.report.pooling import in_order, summarise
-from ulrl.report.results import SIGNS, brief
+from ulrl.report.results import RANKED_BY, brief
 
 MARKERS = tuple(SHAPES.values())
 PAPER_WIDTH, PAPER_FONT = 3.3, 7.0  # inches, the width of a column; points, what is still read in print
@@ -86,8 +86,8 @@ def highest(signed: pd.Series, target: int | None, count: int = 40) -> list[int]
 
 
 def signs_of(neurons: pd.DataFrame) -> dict[str, pd.Series]:
-    """What the classes are ranked by, of SIGNS: the z of unlearning, and what Harden names them by besides."""
-    return {"z": signed_z(neurons)} | {sign: neurons[sign] for sign in list(SIGNS)[1:] if sign in neurons}
+    """Those of RANKED_BY that there are, z signed."""
+    return {sign: neurons[sign] for sign in RANKED_BY if sign in neurons} | {"z": signed_z(neurons)}
 
 
 def neuron_ranking(
@@ -118,7 +118,7 @@ def neuron_ranking(
         if sign in thresholds:
             bound = thresholds[sign]
             ax.axhline(bound, color=GREY, linestyle="--", linewidth=1, label=f"threshold {bound:g}")
-        ax.set_ylabel(SIGNS[sign])
+        ax.set_ylabel(RANKED_BY[sign])
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(fontsize=8, frameon=False)
     if not paper:

@@ -80,17 +80,17 @@ def read_table(run: Run, name: str, types: dict[str, str]) -> pd.DataFrame | Non
 
 
 # What classes are ranked by: the z of unlearning, and what Harden names them by besides.
-SIGNS = {"z": "robust z of the weight change", "evidence": "evidence", "excess": "excess"}
+RANKED_BY = {"z": "robust z of the weight change", "evidence": "evidence", "excess": "excess"}
 
 
 def neurons_of(run: Run) -> pd.DataFrame | None:
-    """The ranking of classes: index class; columns change, flagged, z, and the other SIGNS that there are."""
+    """The ranking of classes: index class; columns change, flagged, z, and what there is of RANKED_BY besides."""
     types = {"class": "int64", "change": "float64", "z": "float64", "flagged": "bool"}
     table = read_table(run, "neurons.csv", types)
-    own = [name for name in SIGNS if table is not None and name in table]
+    own = [name for name in RANKED_BY if table is not None and name in table]
     if own:
         table = read_table(run, "neurons.csv", {**types, **dict.fromkeys(own, "float64")})
-    if table is None or not table["class"].is_unique:
+    if table is None or table.empty or not table["class"].is_unique:
         return None
     if not (table[["change", *own]].abs() < LARGEST).all(axis=None):
         return None
@@ -105,7 +105,7 @@ def class_names(run: Run) -> tuple[str, ...]:
 
 def thresholds(result: dict[str, Any]) -> dict[str, float]:
     """Of each sign that flags classes in this run: above what it does."""
-    found = {sign: result["evidence"].get(f"{sign}_threshold") for sign in SIGNS}
+    found = {sign: result["evidence"].get(f"{sign}_threshold") for sign in RANKED_BY}
     return {sign: bound for sign, bound in found.items() if _is_number(bound)}
 
 

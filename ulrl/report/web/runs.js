@@ -104,10 +104,10 @@ function copy(command, button) {
   if (navigator.clipboard) navigator.clipboard.writeText(command).then(() => done(true), () => done(false));
   else done(false);
 }
-const SIGNS = { z: "robust z of the weight change", evidence: "evidence", excess: "excess" };
+const RANKED_BY = { z: "robust z of the weight change", evidence: "evidence", excess: "excess" };
 function drawRanking(element, detail) {
   const values = detail.neurons.map((neuron) => ({ ...neuron, mark: neuron.flagged ? "flagged" : "not flagged" }));
-  for (const [sign, title] of Object.entries(SIGNS).filter(([sign]) => sign in values[0])) {
+  for (const [sign, title] of Object.entries(RANKED_BY).filter(([sign]) => sign in values[0])) {
     const bound = detail.evidence[`${sign}_threshold`], panel = element.appendChild(h("div", { class: "plot" }));
     const threshold = { data: { values: [{ bound }] }, mark: { type: "rule", strokeDash: [5, 3], color: "currentColor" },
       encoding: { x: { field: "bound", type: "quantitative" } } };
